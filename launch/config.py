@@ -1,0 +1,336 @@
+"""One TOML file a run, read into frozen dataclasses; what can be refused is refused here, before any work starts."""
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+
+from stepladder.launch import toml
+from stepladder.launch.toml import ConfigError, Rule
+from stepladder.model import registry
+from stepladder.model.config import BlockConfig, ModelConfig
+
+Count = Annotated[int, Rule(lambda n: n >= 1, "at least 1")]
+Natural = Annotated[int, Rule(lambda n: n >= 0, "0 or more")]
+Above0 = Annotated[float, Rule(lambda x: x > 0, "above 0")]
+From0 = Annotated[float, Rule(lambda x: x >= 0, "0 or more")]
+Ratio = Annotated[float, Rule(lambda x: 0 <= x <= 1, "between 0 and 1")]
+Below1 = Annotated[float, Rule(lambda x: 0 <= x < 1, "at least 0 and below 1")]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The layout. Data parallelism takes what tp and pp leave over: dp = processes / (tp x pp)."""
+    tp: Count = 1                   # ranks that split every matrix
+    pp: Count = 1                   # ranks that split the depth
+    ep: Count = 1                   # ranks that split the experts, folded over dp x tp
+    dp_replicate: Count = 1         # copies of the sharded group (HSDP)
+    sequence: bool = False          # sequence parallel: between sublayers each tp rank holds its share of the tokens
+    shard: bool = True              # FSDP2 over dp; false: whole weights on every dp rank, gradients summed
+    reshard: bool = True            # free gathered weights after the forward pass, gather again for the backward
+    microbatches: Natural = 0       # pipeline micro-batches that data.rows are cut into; 0: chosen, see derived()
+
+
+@dataclass(frozen=True)
+class Source:
+    shards: str                     # folder with a manifest.json, or the URL of one
+    weight: From0 = 1.0             # share of the tokens, relative to the other sources
+
+
+@dataclass(frozen=True)
+class Data:
+    sources: dict[str, Source]
+    seq: Count                      # tokens a row
+    batch_tokens: Count             # tokens an optimizer step, over all ranks
+    rows: Count                     # rows a rank computes at once; passes are repeated until batch_tokens are reached
+    lanes: Count = 8                # readers of the corpus; the data order depends on it, so keep it when dp changes
+    heldout: Below1 = 0.0           # share of the documents kept for evaluation
+    workers: Natural = 0            # reader processes a rank; 0: none
+    prefetch: Count = 4             # batches read ahead
+    on_error: Literal["stop", "skip"] = "stop"    # at a corrupt shard
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: Count                    # optimizer steps of the whole run; the schedule ends here
+    seed: Natural = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bf16", "fp32", "fp64"] = "bf16"    # of the computation; masters are fp32 (fp64 under fp64)
+    deterministic: bool | None = None                  # absent: on the CPU yes, on GPUs no
+    recompute: Literal["none", "channel", "token", "both"] = "none"    # sublayers computed again in the backward pass
+    compile: bool = False           # torch.compile of the mixers
+    clip: From0 = 1.0               # global gradient norm; 0: no clipping
+    max_skipped: Count = 10         # non-finite steps in a row before the run stops
+    eval_every: Natural = 0         # steps; 0: no evaluation
+    eval_batches: Count = 8
+    log_every: Count = 1            # steps a console line
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW. Norms, biases and recurrent decays get no weight decay."""
+    lr: Above0
+    betas: tuple[Below1, Below1] = (0.9, 0.95)
+    eps: Above0 = 1e-8
+    weight_decay: From0 = 0.1
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: Natural = 0
+    decay_steps: Natural = 0        # the last steps of wsd, falling linearly
+    min_lr_ratio: Ratio = 0.1       # of lr, at the end
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: Natural = 1000           # steps; 0: only at the end and on a stop signal
+    keep_last: Count = 3
+    keep_every: Natural = 0         # checkpoints of these steps are never deleted; 0: none
+    background: bool = True         # write while training goes on
+
+
+@dataclass(frozen=True)
+class Run:
+    model: ModelConfig
+    data: Data
+    train: Train
+    optimizer: Optimizer
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a TOML file; each override is "section.key=value", the value in TOML or a bare string."""
+    try:
+        table = tomllib.loads(Path(path).read_bytes().decode())
+    except ValueError as error:    # not TOML, or not UTF-8
+        raise ConfigError(f"{path} is not a TOML file: {error}") from None
+    for text in overrides:
+        _override(table, text)
+    return parse(table)
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    path, equals, raw = text.partition("=")
+    *outer, key = path.strip().split(".")
+    if not equals or not outer or not all([*outer, key]):
+        raise ConfigError(f"override {text!r} is not of the form section.key=value, like train.steps=100")
+    for i, name in enumerate(outer):
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {text!r}: {'.'.join(outer[:i + 1])} is a value, not a section")
+    table[key] = _bare(raw.strip())
+
+
+def _bare(raw: str) -> Any:
+    """`raw` as TOML, or as a string where it is none: dtype=bf16 and shards=/data/x need no quotes."""
+    try:
+        table = tomllib.loads(f"value = {raw}")
+    except tomllib.TOMLDecodeError:
+        return raw
+    plain = isinstance(table["value"], bool | int | float | str | list | dict)    # else a date: no key takes one
+    return table["value"] if plain and len(table) == 1 else raw
+
+
+def parse(table: dict[str, Any]) -> Run:
+    """Build the Run of a TOML table; unknown, missing, ill-typed and out-of-range keys raise ConfigError."""
+    return toml.read(Run, table, "", READERS)
+
+
+def _mixer(table: dict[str, str], value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise toml.wrong_type(path, value, "a table")
+    kind = value.get("kind")
+    if kind not in table:
+        got = "is missing" if kind is None else f"= {toml.text(kind)} is no mixer{toml.nearest(kind, table)}"
+        raise ConfigError(f"{path}.kind {got}; there are {', '.join(table)}")
+    return toml.read(registry.find(table, kind).Spec, value, path)
+
+
+READERS: toml.Readers = {
+    (BlockConfig, "token"): lambda value, path: _mixer(registry.TOKEN, value, path),
+    (BlockConfig, "channel"): lambda value, path: _mixer(registry.CHANNEL, value, path),
+}
+
+
+def dump(run: Run) -> str:
+    """The resolved run as TOML text, defaults included; parse(tomllib.loads(dump(run))) == run."""
+    return toml.write(asdict(run))
+
+
+class Derived(NamedTuple):
+    """What follows from a run and the number of its processes: printed, never set."""
+    world: int
+    dp: int
+    shards: int               # dp ranks over which FSDP splits the weights
+    accumulation: int         # forward and backward passes a step
+    global_rows: int          # rows a step, over all ranks
+    microbatches: int         # pipeline micro-batches a pass
+    tokens: int               # of the whole run
+    device: str               # "cpu" or "cuda"
+    deterministic: bool
+
+    def __str__(self) -> str:
+        copies = self.dp // self.shards
+        return (f"{self.world} processes on {self.device}: dp {self.dp} ({copies} x {self.shards} shards), "
+                f"{self.global_rows} rows a step in {self.accumulation} passes of {self.microbatches} micro-batches, "
+                f"{self.tokens:,} tokens in all, {'' if self.deterministic else 'not '}deterministic")
+
+
+def derived(run: Run, world_size: int) -> Derived:
+    """The numbers that nobody sets, of a run that check() let through."""
+    p, data, train = run.parallel, run.data, run.train
+    dp = world_size // (p.tp * p.pp)
+    device = train.device if train.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return Derived(
+        world=world_size, dp=dp, shards=dp // p.dp_replicate if p.shard else 1,
+        accumulation=data.batch_tokens // (data.seq * data.rows * dp),
+        global_rows=data.batch_tokens // data.seq,
+        microbatches=_microbatches(p, data.rows),
+        tokens=train.steps * data.batch_tokens, device=device,
+        deterministic=device == "cpu" if train.deterministic is None else train.deterministic)
+
+
+def _microbatches(p: Parallel, rows: int) -> int:
+    """Twice the stages, which leaves less than a third of the time as bubble; more where rows do not divide so."""
+    if p.pp == 1:
+        return 1
+    return p.microbatches or next((n for n in range(2 * p.pp, rows) if rows % n == 0), rows)
+
+
+def check(run: Run, world_size: int) -> None:
+    """Raise ConfigError, one sentence with the way out, for what cannot run on `world_size` processes."""
+    for rule in (_device, _mesh, _tensor, _experts, _pregates, _pipeline, _sequence, _data, _batch, _schedule):
+        rule(run, world_size)
+
+
+def _divides(what: str, a: int, by: str, b: int, way_out: str) -> None:
+    if a % b:
+        raise ConfigError(f"{what} = {a} is not divisible by {by} = {b}; {way_out}")
+
+
+def _blocks(run: Run) -> list[tuple[str, BlockConfig]]:
+    """The blocks that stand in the model, each once, with their path."""
+    used = dict.fromkeys(run.model.pattern[:run.model.layers])
+    return [(f"model.blocks.{name}", run.model.blocks[name]) for name in used]
+
+
+def _moe(run: Run) -> list[tuple[str, Any]]:
+    return [(f"{path}.channel", block.channel) for path, block in _blocks(run) if _is_moe(block)]
+
+
+def _is_moe(block: BlockConfig) -> bool:
+    return hasattr(block.channel, "experts")
+
+
+def _device(run: Run, world: int) -> None:
+    if run.train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('train.device = "cuda", but torch finds no GPU here; set it to "cpu" or "auto"')
+
+
+def _mesh(run: Run, world: int) -> None:
+    p = run.parallel
+    _divides("the number of processes", world, "parallel.tp x parallel.pp", p.tp * p.pp,
+             f"start a multiple of {p.tp * p.pp}, or lower parallel.tp or parallel.pp")
+    dp = world // (p.tp * p.pp)
+    _divides("dp", dp, "parallel.dp_replicate", p.dp_replicate, f"set parallel.dp_replicate to a divisor of {dp}")
+    _divides("dp x tp", dp * p.tp, "parallel.ep", p.ep, f"set parallel.ep to a divisor of {dp * p.tp}")
+
+
+def _tensor(run: Run, world: int) -> None:
+    tp, lower = run.parallel.tp, "change one of them"
+    _divides("model.vocab", run.model.vocab, "parallel.tp", tp, f"round it up to {-(-run.model.vocab // tp) * tp}")
+    _divides("model.width", run.model.width, "parallel.tp", tp, lower)
+    for path, block in _blocks(run):
+        _divides(f"{path}.token.heads", getattr(block.token, "heads", 0), "parallel.tp", tp, lower)
+        kv = getattr(block.token, "kv_heads", 0)
+        if kv and kv % tp and tp % kv:    # fewer than tp is fine: each is then held by tp / kv_heads ranks
+            raise ConfigError(f"{path}.token.kv_heads = {kv}, parallel.tp = {tp}: neither divides the other; {lower}")
+        if not _is_moe(block):            # experts are never split over tp
+            _divides(f"{path}.channel.hidden", getattr(block.channel, "hidden", 0), "parallel.tp", tp, lower)
+
+
+def _experts(run: Run, world: int) -> None:
+    ep = run.parallel.ep
+    if ep > 1 and not _moe(run):
+        raise ConfigError(f"parallel.ep = {ep}, but the model has 0 blocks with experts; set parallel.ep = 1")
+    for path, channel in _moe(run):
+        _divides(f"{path}.experts", channel.experts, "parallel.ep", ep, "set parallel.ep to a divisor of it")
+
+
+def _pregates(run: Run, world: int) -> None:
+    """A pre-gate chooses among the experts of the next MoE block: there must be one, and it must be alike."""
+    moe = _moe(run)
+    if not any(channel.ahead for _, channel in moe):
+        return
+    path, first = moe[0]
+    if sum(map(_is_moe, run.model.kinds())) == 1:
+        raise ConfigError(f"{path}.ahead = true, but only 1 of {run.model.layers} layers is a MoE block: there is no next "
+                          f"one to choose experts for; set ahead = false or add a MoE block")
+    for other_path, other in moe[1:]:
+        for name in ("experts", "ahead"):
+            a, b = getattr(first, name), getattr(other, name)
+            if a != b:
+                raise ConfigError(f"{path}.{name} = {toml.text(a)} and {other_path}.{name} = {toml.text(b)} differ, "
+                                  f"but pre-gating links all MoE blocks; make them equal or set every ahead = false")
+
+
+def _pipeline(run: Run, world: int) -> None:
+    p, rows = run.parallel, run.data.rows
+    if p.pp > run.model.layers:
+        raise ConfigError(f"parallel.pp = {p.pp} is more stages than model.layers = {run.model.layers}; lower it")
+    if p.pp == 1:
+        return
+    n = _microbatches(p, rows)
+    _divides("data.rows", rows, "parallel.microbatches", n, "set it to a divisor, or to 0 to have it chosen")
+    if n < p.pp:
+        raise ConfigError(f"{n} pipeline micro-batches (data.rows = {rows}) cannot fill parallel.pp = {p.pp} stages; "
+                          f"set data.rows to {2 * p.pp} and parallel.microbatches to 0, or lower parallel.pp")
+
+
+def _sequence(run: Run, world: int) -> None:
+    p, seq = run.parallel, run.data.seq
+    if p.sequence and p.tp == 1:
+        raise ConfigError("parallel.sequence = true splits tokens over tp ranks, but parallel.tp = 1; set it to false")
+    if p.sequence or _moe(run):    # each tp rank then works on its own slice of the tokens
+        _divides("data.seq", seq, "parallel.tp", p.tp, f"round it up to {-(-seq // p.tp) * p.tp}")
+    for path, block in _blocks(run):
+        longest = getattr(block.token, "max_length", 0)
+        if longest and seq > longest:
+            raise ConfigError(f"data.seq = {seq} is longer than {path}.token.max_length = {longest}; "
+                              f"shorten the rows, or raise max_length (with theta or rope_scale)")
+
+
+def _data(run: Run, world: int) -> None:
+    sources = run.data.sources
+    if not any(source.weight for source in sources.values()):
+        raise ConfigError(f"none of the {len(sources)} sources in [data.sources] has a weight above 0; "
+                          f"add one, like data.sources.books.shards = \"path\", or raise a weight")
+    if run.train.eval_every and not run.data.heldout:
+        raise ConfigError(f"train.eval_every = {run.train.eval_every} has nothing to read, data.heldout = 0; "
+                          f"set data.heldout (0.01, say) or train.eval_every = 0")
+
+
+def _batch(run: Run, world: int) -> None:
+    data, dp = run.data, world // (run.parallel.tp * run.parallel.pp)
+    unit = data.seq * data.rows * dp
+    below = data.batch_tokens // unit * unit
+    _divides("data.batch_tokens", data.batch_tokens,
+             f"data.seq x data.rows x dp = {data.seq} x {data.rows} x {dp}", unit,
+             f"set it to {f'{below} or ' if below else ''}{below + unit}, or change data.rows")
+    _divides("data.lanes", data.lanes, "dp", dp, "each dp rank reads its own lanes, so set it to a multiple")
+    rows = data.batch_tokens // data.seq
+    _divides("data.batch_tokens / data.seq", rows, "data.lanes", data.lanes,
+             f"each lane gives as many rows a step, so set data.lanes to a divisor of {rows}")
+
+
+def _schedule(run: Run, world: int) -> None:
+    o, steps = run.optimizer, run.train.steps
+    if o.warmup_steps + o.decay_steps > steps:
+        raise ConfigError(f"optimizer.warmup_steps + decay_steps = {o.warmup_steps} + {o.decay_steps} are more than "
+                          f"train.steps = {steps}; lower them or train longer")
+    if o.decay_steps and o.schedule != "wsd":
+        raise ConfigError(f'optimizer.decay_steps = {o.decay_steps} is for schedule = "wsd", but the schedule is '
+                          f'"{o.schedule}"; drop decay_steps or change the schedule')
