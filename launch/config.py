@@ -261,20 +261,21 @@ def _experts(run: Run, world: int) -> None:
 
 
 def _pregates(run: Run, world: int) -> None:
-    """A pre-gate chooses among the experts of the next MoE block: there must be one, and it must be alike."""
+    """A pre-gate chooses among the experts of a later MoE block: there must be one, and it must be alike."""
     moe = _moe(run)
     if not any(channel.ahead for _, channel in moe):
         return
     path, first = moe[0]
-    if sum(map(_is_moe, run.model.kinds())) == 1:
-        raise ConfigError(f"{path}.ahead = true, but only 1 of {run.model.layers} layers is a MoE block: there is no next "
-                          f"one to choose experts for; set ahead = false or add a MoE block")
+    layers = sum(map(_is_moe, run.model.kinds()))
+    if layers <= first.ahead:
+        raise ConfigError(f"{path}.ahead = {first.ahead} chooses experts for a later MoE block, but the model has only "
+                          f"{layers} in {run.model.layers} layers; set ahead = 0 or add MoE blocks")
     for other_path, other in moe[1:]:
         for name in ("experts", "ahead"):
             a, b = getattr(first, name), getattr(other, name)
             if a != b:
-                raise ConfigError(f"{path}.{name} = {toml.text(a)} and {other_path}.{name} = {toml.text(b)} differ, "
-                                  f"but pre-gating links all MoE blocks; make them equal or set every ahead = false")
+                raise ConfigError(f"{path}.{name} = {a} and {other_path}.{name} = {b} differ, "
+                                  f"but pre-gating links all MoE blocks; make them equal or set every ahead = 0")
 
 
 def _pipeline(run: Run, world: int) -> None:
