@@ -1,0 +1,176 @@
+"""Mixture of experts; with `ahead` the router of one MoE block picks the experts of a later one (arXiv:2308.12066).
+
+The mixer sees this rank's own tokens and returns whole rows. Every rank's experts are a slice of `Experts`; where rows
+have to travel, parallel/expert.py replaces its `exchange`.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stepladder.model.config import ModelConfig, Place
+from stepladder.model.leaf import Leaf, constant, normal
+from stepladder.model.mixer import ChannelMixer, Plan
+from stepladder.model.residual import Stats
+from stepladder.ops import experts
+from stepladder.ops.attach import attach
+from stepladder.ops.linear import linear, promote
+
+
+@dataclass(frozen=True)
+class Spec:
+    experts: int
+    top_k: int
+    hidden: int                      # of one expert
+    ahead: int = 0                   # MoE blocks between a router and the experts it chooses; 1: pre-gated, 0: its own
+    shared: int = 0                  # hidden width of the expert every token visits; 0: none
+    score: str = "softmax"           # or "sigmoid" (arXiv:2412.19437)
+    balance: float = 0.01            # coefficient of the per-sequence balance loss
+    z_loss: float = 0.001            # coefficient of the router's logsumexp^2 (arXiv:2202.08906)
+    bias_rate: float = 0.0           # step of the auxiliary-loss-free balance bias (arXiv:2408.15664); 0: none
+    engine: str = "grouped"          # "grouped": torch grouped_mm; "loop": one expert after the other, the reference
+    kind: str = "moe"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k = {self.top_k} must be at least 1 and at most experts = {self.experts}")
+        if self.hidden < 1 or self.shared < 0 or self.ahead < 0:
+            raise ValueError(f"hidden = {self.hidden} must be positive, shared = {self.shared} and "
+                             f"ahead = {self.ahead} not negative")
+        if min(self.balance, self.z_loss, self.bias_rate) < 0:
+            raise ValueError(f"balance = {self.balance}, z_loss = {self.z_loss}, bias_rate = {self.bias_rate} "
+                             "must not be negative")
+        if self.score not in ("softmax", "sigmoid"):
+            raise ValueError(f"score = {self.score!r} is not 'softmax' or 'sigmoid'")
+        if self.engine not in ("grouped", "loop"):
+            raise ValueError(f"engine = {self.engine!r} is not 'grouped' or 'loop'")
+
+
+class Exchange(Protocol):
+    """Carries rows to the ranks that hold their experts, and back."""
+
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """rows (N, D) sorted by expert, counts (E,) -> the rows for this rank's experts, sorted, and their counts."""
+        ...
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """The inverse of the last dispatch."""
+        ...
+
+
+class Here:
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        return rows, counts
+
+    def combine(self, rows: Tensor) -> Tensor:
+        return rows
+
+
+class Router(Leaf):
+    w: Tensor          # (E, D)
+
+    def __init__(self, cfg: ModelConfig, spec: Spec):
+        super().__init__()
+        self.weight("w", spec.experts, cfg.width, init=normal(cfg.std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(promote(x), self.w)
+
+
+class Experts(Leaf):
+    up: Tensor         # (E, F, D)
+    gate: Tensor       # (E, F, D)
+    down: Tensor       # (E, D, F)
+
+    def __init__(self, cfg: ModelConfig, spec: Spec, place: Place):
+        super().__init__()
+        E, H, D = spec.experts, spec.hidden, cfg.width
+        self.exchange: Exchange = Here()
+        self.hidden, self.engine = H, spec.engine
+        self.weight("up", E, H, D, ep=0, init=normal(cfg.std))
+        self.weight("gate", E, H, D, ep=0, init=normal(cfg.std))
+        self.weight("down", E, D, H, ep=0, init=normal(cfg.std / (2 * place.layers) ** 0.5))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows (N, D) sorted by expert, counts (E,) -> (N, D) in the same order."""
+        rows, counts = self.exchange.dispatch(rows, counts)
+        fast = self.engine == "grouped" and experts.can_group(rows, self.hidden)
+        rows = (experts.grouped if fast else experts.loop)(rows, counts, self.up, self.gate, self.down)
+        return self.exchange.combine(rows)
+
+
+class Mixer(ChannelMixer):
+    tokens = "own"
+    bias: Tensor       # (E,) added to the scores for choosing only
+    shared_up: Tensor
+    shared_gate: Tensor
+    shared_down: Tensor
+
+    def __init__(self, cfg: ModelConfig, spec: Spec, place: Place):
+        super().__init__()
+        self.spec, D = spec, cfg.width
+        # Block n makes the logits of block n + ahead; the first makes those of the blocks before that too.
+        targets = [n for n in ([*range(spec.ahead + 1)] if place.nth == 0 else [place.nth + spec.ahead]) if n < place.count]
+        self.routers = nn.ModuleList(Router(cfg, spec) for _ in targets)
+        self.experts = Experts(cfg, spec, place)
+        if spec.bias_rate:
+            self.weight("bias", spec.experts, init=constant(0.0), learn=False)
+        if spec.shared:
+            self.weight("shared_up", spec.shared, D, init=normal(cfg.std))
+            self.weight("shared_gate", spec.shared, D, init=normal(cfg.std))
+            self.weight("shared_down", D, spec.shared, init=normal(cfg.std / (2 * place.layers) ** 0.5))
+
+    def plan(self, x: Tensor, route: tuple[Tensor, ...]) -> Plan:
+        logits, *route = (*route, *(router(x) for router in self.routers))
+        ids, weights, stats = self.choose(logits)
+        return Plan(tuple(route), stats, ids, weights)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Stats]:
+        """logits (B, T, E) -> expert ids and weights (B T, k), and what the log wants to know."""
+        spec, E = self.spec, self.spec.experts
+        scores = logits.softmax(-1) if spec.score == "softmax" else logits.sigmoid()
+        ids = (scores.detach() + self.bias if spec.bias_rate else scores.detach()).topk(spec.top_k, -1).indices
+        weights = scores.gather(-1, ids)
+        weights = weights / weights.sum(-1, keepdim=True)
+        probs = scores / scores.sum(-1, keepdim=True)
+        # Balance of one sequence (arXiv:2412.19437, eq. 17-20) times its length: the fraction f counts the whole
+        # sequence, so it is totalled over the ranks that share it; the probabilities add up by themselves.
+        counts = experts.count(ids.flatten(1), E)                                     # (B, E)
+        every = self.comm.total(counts)
+        f = every * (E / every.sum(-1, keepdim=True))
+        balance = spec.balance * (f.unsqueeze(1) * probs).sum()
+        weights = attach(weights, balance + spec.z_loss * logits.logsumexp(-1).square().sum())
+        entropy = -(probs * probs.clamp_min(1e-20).log()).sum()
+        stats = Stats(counts.sum(0), entropy.detach(), balance.detach())
+        return ids.flatten(0, 1), weights.flatten(0, 1), stats
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        ids, weights = plan.ids, plan.weights
+        assert ids is not None and weights is not None
+        order = ids.flatten().argsort(stable=True)
+        inverse = experts.invert(order)
+        flat, k = x.flatten(0, 1), self.spec.top_k
+        rows = self.experts(experts.permute(flat, order, inverse, k), experts.count(ids.flatten(), self.spec.experts))
+        rows = experts.permute(rows, inverse, order).unflatten(0, (-1, k))
+        y = (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(1)
+        if self.spec.shared:
+            y = y + linear(F.silu(linear(flat, self.shared_gate)) * linear(flat, self.shared_up), self.shared_down)
+        return y.view_as(x)
+
+    @torch.no_grad()
+    def rebalance(self, load: Tensor) -> None:
+        """After a step: load (E,) of all ranks; overfull experts become less, underfull more attractive."""
+        load = load.to(self.bias.dtype)
+        self.bias += self.spec.bias_rate * (load.mean() - load).sign()
+
+    def flops(self) -> int:
+        down = self.experts.decls["down"].shape
+        return 6 * self.spec.top_k * down[1] * down[2]
+
+
+TINY = [Spec(experts=4, top_k=2, hidden=32),
+        Spec(experts=4, top_k=2, hidden=32, ahead=1, shared=16, score="sigmoid", bias_rate=0.01)]

@@ -1,0 +1,178 @@
+"""The decoder: embed, blocks, norm, head. A pipeline stage is the same class over a span of layers."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from stepladder.model.config import BlockConfig, ModelConfig, Place
+from stepladder.model.context import Context
+from stepladder.model.leaf import Leaf, constant, declared, normal
+from stepladder.model.mixer import ChannelMixer, TokenMixer
+from stepladder.model.registry import CHANNEL, TOKEN, find
+from stepladder.model.residual import Comm, OneRank, Stats, Stream
+from stepladder.ops.linear import linear
+from stepladder.ops.loss import cross_entropy
+from stepladder.ops.norm import rms_norm
+
+States = dict[str, Any]      # layer -> its token mixer's own state
+
+
+class Norm(Leaf):
+    scale: Tensor            # (D,)
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight("scale", width, init=constant(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.scale)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, block: BlockConfig, place: Place):
+        super().__init__()
+        self.lag = block.lag
+        self.norm1, self.norm2 = Norm(cfg.width), Norm(cfg.width)
+        self.token: TokenMixer = find(TOKEN, block.token.kind).Mixer(cfg, block.token, place)
+        self.channel: ChannelMixer = find(CHANNEL, block.channel.kind).Mixer(cfg, block.channel, place)
+        self.token_comm: Comm = OneRank()
+        self.channel_comm: Comm = OneRank()
+        self.recompute = (False, False)       # forget the token / channel sublayer's activations until backward
+
+    def forward(self, s: Stream, ctx: Context, state: Any = None) -> Stream:
+        s = s.read(self.lag[0])
+        y = _run(self.recompute[0], self.mix, s.h, ctx, state)
+        joint = self.lag == (0, 1)            # both outputs are made from the same h and travel as one
+        if not joint:
+            s = s.write(self.token_comm.leave(y))
+        s = s.read(self.lag[1])
+        z, route, stats = _run(self.recompute[1], self.feed, s.h, s.route)
+        s = s.write(self.channel_comm.leave(z, also=y if joint else None))
+        return s._replace(route=route, stats=s.stats if stats is None else (*s.stats, stats))
+
+    def mix(self, h: Tensor, ctx: Context, state: Any) -> Tensor:
+        x = self.token_comm.enter(self.norm1(h))
+        return self.token(x, ctx) if state is None else self.token.step(x, state, ctx)
+
+    def feed(self, h: Tensor, route: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], Stats | None]:
+        x = self.channel_comm.enter(self.norm2(h))
+        plan = self.channel.plan(x, route)
+        return self.channel(x, plan), plan.route, plan.stats
+
+
+def _run(recompute: bool, f: Callable[..., Any], *args: Any) -> Any:
+    # It starts at `enter`: under sequence parallel the gathered input must not be what is saved.
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False) if recompute else f(*args)
+
+
+class Embedding(Leaf):
+    table: Tensor            # (vocab, D), or the rows from `first` on
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.first, self.vocab = 0, cfg.vocab
+        self.weight("table", cfg.vocab, cfg.width, tp=0, init=normal(cfg.std))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """tokens (B, T) -> (B, T, D); zeros where another rank holds the row."""
+        if self.table.shape[0] == self.vocab:
+            return F.embedding(tokens, self.table).to(dtype)
+        local = tokens - self.first
+        here = (local >= 0) & (local < self.table.shape[0])
+        return (F.embedding(local.where(here, 0), self.table) * here.unsqueeze(-1)).to(dtype)
+
+
+class Head(Leaf):
+    table: Tensor            # (vocab, D), or the rows from `first` on; absent where the embedding's is used
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.first, self.z_loss = 0, cfg.z_loss
+        if not cfg.tied:
+            self.weight("table", cfg.vocab, cfg.width, tp=0, init=normal(cfg.std))
+
+    def forward(self, x: Tensor, table: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
+        """x (B, T, D) -> (logits,) or, with targets (B, T), (sum of losses, sum of negative log-likelihoods)."""
+        if targets is None:
+            return (linear(x, table),)
+        return cross_entropy(x.flatten(0, 1), table, targets.flatten(), first=self.first, z_loss=self.z_loss,
+                             total=self.comm.total, highest=self.comm.highest)
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg: ModelConfig, span: range | None = None):
+        super().__init__()
+        span = range(cfg.layers) if span is None else span
+        self.cfg, self.span = cfg, span
+        self.dtype = torch.float32                # of the stream; weights are cast to it where they are used
+        self.embed = Embedding(cfg) if span.start == 0 or (cfg.tied and span.stop == cfg.layers) else None
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, cfg.kinds()[i], place(cfg, i)) for i in span})
+        self.norm = Norm(cfg.width) if span.stop == cfg.layers else None
+        self.head = Head(cfg) if span.stop == cfg.layers else None
+        self.embed_comm: Comm = OneRank()
+        self.head_comm: Comm = OneRank()
+
+    def forward(self, x: Tensor | Stream, ctx: Context, states: States | None = None) -> Stream:
+        """Tokens (B, T), or the stream of the stage before, through this span's blocks. The one layer loop."""
+        if isinstance(x, Tensor):
+            assert self.embed is not None
+            x = Stream(self.embed_comm.leave(self.embed(x, self.dtype)).wait())
+        for name, block in self.blocks.items():
+            x = block(x, ctx, states[name] if states is not None else None)
+        return x
+
+    def finish(self, s: Stream, targets: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The last stage's stream -> (logits (B, T, vocab),), or with targets (loss sum, likelihood sum)."""
+        assert self.norm is not None and self.head is not None
+        table = self.head.table if self.embed is None or not self.cfg.tied else self.embed.table
+        return self.head(self.head_comm.enter(self.norm(s.read(0).h)), table, targets)
+
+    def begin(self, batch: int, length: int) -> States:
+        """Empty decoding states for `batch` rows of up to `length` tokens."""
+        like = next(self.parameters()).new_empty(0, dtype=self.dtype)
+        return {name: block.token.begin(batch, length, like) for name, block in self.blocks.items()}
+
+
+def place(cfg: ModelConfig, layer: int) -> Place:
+    kinds = [b.channel.kind for b in cfg.kinds()]
+    return Place(layer, cfg.layers, kinds[:layer].count(kinds[layer]), kinds.count(kinds[layer]))
+
+
+def parameters(cfg: ModelConfig) -> tuple[int, int]:
+    """Parameters in all, and those one token meets (top_k of the experts), without building the weights."""
+    model = skeleton(cfg)
+    every = {name: torch.Size(d.shape).numel() for name, d in declared(model).items()}
+    total = sum(every.values())
+    for path, m in model.named_modules():
+        if getattr(m, "tokens", "all") == "own":
+            spec = m.spec
+            idle = sum(n for name, n in every.items() if name.startswith(f"{path}.experts."))
+            total_idle = idle * (spec.experts - spec.top_k) // spec.experts
+            every[f"{path} idle"] = -total_idle
+    return total, sum(every.values())
+
+
+def flops(cfg: ModelConfig, T: int) -> int:
+    """Forward FLOPs a token, mean over a row of T: products with weights and mixing, causal halves not counted."""
+    model = skeleton(cfg)
+    weights = sum(torch.Size(d.shape).numel() for name, d in declared(model).items()
+                  if len(d.shape) > 1 and d.ep is None and name != "embed.table")
+    weights += cfg.vocab * cfg.width if cfg.tied else 0
+    return 2 * weights + sum(b.token.flops(T) + b.channel.flops() for b in blocks(model))
+
+
+def blocks(model: Decoder) -> list[Block]:
+    return [b for b in model.blocks.values() if isinstance(b, Block)]
+
+
+def skeleton(cfg: ModelConfig, span: range | None = None) -> Decoder:
+    """The module tree without memory for its weights."""
+    with torch.device("meta"):
+        return Decoder(cfg, span)
+
+

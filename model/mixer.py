@@ -1,0 +1,56 @@
+"""The two kinds of mixer a block is made of."""
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from stepladder.model.context import Context
+from stepladder.model.leaf import Leaf
+from stepladder.model.residual import Stats
+
+
+class TokenMixer(Leaf):
+    """Mixes along the row. model/token/<name>.py: Spec, Mixer, TINY; one line in registry.TOKEN."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """Parallel form: x (B, T, D) -> this rank's share of y (B, T, D)."""
+
+    @abstractmethod
+    def begin(self, batch: int, length: int, like: Tensor) -> Any:
+        """Empty state for `batch` rows of up to `length` tokens: a NamedTuple of tensors, batch first."""
+
+    @abstractmethod
+    def step(self, x: Tensor, state: Any, ctx: Context) -> Tensor:
+        """Recurrent form: S >= 1 more tokens of each row; the state is updated in place."""
+
+    @abstractmethod
+    def flops(self, T: int) -> int:
+        """Forward FLOPs a token of mixing alone, mean over a row of T tokens; weight products come from the shapes."""
+
+
+class Plan(NamedTuple):
+    """Where a channel mixer will send its tokens."""
+    route: tuple[Tensor, ...] = ()      # router logits for the MoE blocks after this one
+    stats: Stats | None = None
+    ids: Tensor | None = None           # (N, k) experts of each own token
+    weights: Tensor | None = None       # (N, k)
+
+
+class ChannelMixer(Leaf):
+    """Mixes within a token. model/channel/<name>.py: Spec, Mixer, TINY; one line in registry.CHANNEL."""
+    tokens: str = "all"                 # "all": all tokens in, this rank's share out; "own": own tokens in, whole rows out
+
+    def plan(self, x: Tensor, route: tuple[Tensor, ...]) -> Plan:
+        """Routing alone; dense mixers hand `route` on."""
+        return Plan(route)
+
+    @abstractmethod
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """x (B, T, D) -> y (B, T, D)."""
+
+    def flops(self) -> int:
+        """Forward FLOPs a token of what shapes do not tell: weights split by ep are not counted from shapes."""
+        return 0

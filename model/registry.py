@@ -1,0 +1,19 @@
+"""Every mixer there is. Adding one: write its file, add its line; the tests pick it up from its TINY."""
+from importlib import import_module
+from types import ModuleType
+
+TOKEN = {
+    "attention": "stepladder.model.token.attention",
+    "gla": "stepladder.model.token.gla",
+}
+CHANNEL = {
+    "swiglu": "stepladder.model.channel.swiglu",
+    "moe": "stepladder.model.channel.moe",
+}
+
+
+def find(table: dict[str, str], kind: str) -> ModuleType:
+    """The mixer's module: it has `Spec` (its knobs), `Mixer` (the class) and `TINY` (what the tests run)."""
+    if kind not in table:
+        raise ValueError(f"no mixer {kind!r}; there are {', '.join(table)}")
+    return import_module(table[kind])

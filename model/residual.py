@@ -1,0 +1,83 @@
+"""The residual stream, what may lag behind it, and the seam where parallelism enters a block.
+
+A sublayer reads `h`; its output is summed over the tensor-parallel group and joins `h` later. `lag` says how many
+earlier outputs may still be in flight when a sublayer reads: (0, 0) is the usual block, (0, 1) runs token and channel
+mixer side by side and their outputs travel as one, (1, 1) is ladder residual (arXiv:2501.06589).
+"""
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Pending(Protocol):
+    """A sublayer output that may still be travelling."""
+
+    def wait(self) -> Tensor: ...
+
+
+class Ready(NamedTuple):
+    y: Tensor
+
+    def wait(self) -> Tensor:
+        return self.y
+
+
+class Comm(Protocol):
+    """What a sublayer needs of the other ranks; OneRank is the identity, the others are in parallel/."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The normed stream (B, T, D), or this rank's tokens of it, -> the mixer's input: copied, gathered, sliced."""
+        ...
+
+    def leave(self, y: Tensor, also: Tensor | None = None) -> Pending:
+        """Start adding up the mixer's output. `also` is a token mixer's share that travels along. Never in place."""
+        ...
+
+    def total(self, v: Tensor) -> Tensor:
+        """A statistic summed over the ranks among which the mixer's work on the same rows is divided."""
+        ...
+
+    def highest(self, v: Tensor) -> Tensor:
+        """The same for an element-wise maximum; not differentiable."""
+        ...
+
+
+class OneRank:
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, y: Tensor, also: Tensor | None = None) -> Pending:
+        return Ready(y if also is None else y + also)
+
+    def total(self, v: Tensor) -> Tensor:
+        return v
+
+    def highest(self, v: Tensor) -> Tensor:
+        return v
+
+
+class Stats(NamedTuple):
+    """What one MoE layer did with this rank's tokens; detached, for the log and the balance bias."""
+    load: Tensor       # (E,) tokens sent to each expert
+    entropy: Tensor    # () sum over tokens of the entropy of the router's distribution, nats
+    balance: Tensor    # () the balance loss, summed over tokens like every loss
+
+
+class Stream(NamedTuple):
+    """What flows between blocks and across pipeline stages."""
+    h: Tensor                          # (B, T, D), or this rank's token shard under sequence parallel
+    late: tuple[Pending, ...] = ()     # sublayer outputs not yet in h, oldest first
+    route: tuple[Tensor, ...] = ()     # router logits made ahead, next MoE block's first, in own-token layout
+    stats: tuple[Stats, ...] = ()      # of the MoE layers passed; stays on its pipeline stage
+
+    def read(self, lag: int) -> Stream:
+        """Wait for all but the newest `lag` outputs and add them to h."""
+        h, late = self.h, self.late
+        while len(late) > lag:
+            h, late = h + late[0].wait(), late[1:]
+        return self._replace(h=h, late=late)
+
+    def write(self, y: Pending) -> Stream:
+        return self._replace(late=(*self.late, y))

@@ -1,0 +1,123 @@
+"""Causal softmax attention with grouped key-value heads (arXiv:2305.13245) and rotary positions (arXiv:2104.09864)."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepladder.model.config import ModelConfig, Place
+from stepladder.model.context import Context
+from stepladder.model.leaf import constant, normal
+from stepladder.model.mixer import TokenMixer
+from stepladder.ops import attention
+from stepladder.ops.linear import linear, promote
+from stepladder.ops.norm import rms_norm
+
+
+@dataclass(frozen=True)
+class Spec:
+    heads: int
+    head_dim: int
+    kv_heads: int = 0                # 0: as many as heads
+    window: int = 0                  # keys seen by a query, itself included; 0: all before it
+    theta: float = 10_000.0          # RoPE base
+    rope_scale: float = 1.0          # positions are divided by this (linear interpolation, arXiv:2306.15595)
+    max_length: int = 0              # longest row RoPE is meant for; 0: no limit
+    qk_norm: bool = False            # RMS-norm of every query and key head (arXiv:2302.05442)
+    kind: str = "attention"
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads = {self.heads} is not divisible by kv_heads = {self.kv_heads}")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even and positive: RoPE turns pairs of channels")
+        if self.window < 0:
+            raise ValueError(f"window = {self.window} must not be negative; 0 means no window")
+        if self.theta <= 0 or self.rope_scale <= 0:
+            raise ValueError(f"theta = {self.theta} and rope_scale = {self.rope_scale} must be positive")
+
+
+class State(NamedTuple):
+    """A ring of the last L tokens' keys and values; L is the row length, or the window."""
+    k: Tensor        # (B, L, G, K)
+    v: Tensor        # (B, L, G, K)
+    at: Tensor       # (B, L) int64 place of each key in its row; -1: empty
+    doc: Tensor      # (B, L) int64 its document
+    read: Tensor     # (B,) int64 tokens read so far; on the device, so that a captured step can advance it
+
+
+class Mixer(TokenMixer):
+    wq: Tensor       # (H*K, D)
+    wk: Tensor       # (G*K, D)
+    wv: Tensor       # (G*K, D)
+    wo: Tensor       # (D, H*K)
+    q_norm: Tensor   # (K,)
+    k_norm: Tensor   # (K,)
+
+    def __init__(self, cfg: ModelConfig, spec: Spec, place: Place):
+        super().__init__()
+        D, K, G = cfg.width, spec.head_dim, spec.kv_heads or spec.heads
+        self.spec = spec
+        self.weight("wq", spec.heads * K, D, tp=0, units=spec.heads, init=normal(cfg.std))
+        self.weight("wk", G * K, D, tp=0, units=G, share=True, init=normal(cfg.std))
+        self.weight("wv", G * K, D, tp=0, units=G, share=True, init=normal(cfg.std))
+        self.weight("wo", D, spec.heads * K, tp=1, units=spec.heads, init=normal(cfg.std / (2 * place.layers) ** 0.5))
+        if spec.qk_norm:
+            self.weight("q_norm", K, init=constant(1.0))
+            self.weight("k_norm", K, init=constant(1.0))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        q, k, v = self.project(x, ctx)
+        y = attention.causal(q, k, v, ctx.doc, ctx.borders, self.spec.window)
+        return linear(y.flatten(2), self.wo)
+
+    def begin(self, batch: int, length: int, like: Tensor) -> State:
+        K, L = self.spec.head_dim, min(length, self.spec.window or length)
+        kv = like.new_zeros(2, batch, L, self.wk.shape[0] // K, K)
+        at = torch.full((batch, L), -1, dtype=torch.long, device=like.device)
+        return State(kv[0], kv[1], at, torch.zeros_like(at), at.new_zeros(batch))
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> Tensor:
+        q, k, v = self.project(x, ctx)
+        S, L = x.shape[1], state.k.shape[1]
+        at = state.read.unsqueeze(1) + torch.arange(S, device=x.device)                     # (B, S)
+        doc = torch.zeros_like(at) if ctx.doc is None else ctx.doc
+        new = (k, v, at, doc)
+        old = state[:4]
+        if self.spec.window:      # keys of this piece may still be needed when they have left the ring: look at both
+            k, v, k_at, k_doc = (torch.cat(z, 1) for z in zip(old, new, strict=True))
+            y = attention.masked(q, k, v, attention.visible(at, k_at, doc, k_doc, self.spec.window))
+        row = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+        for ring, z in zip(old, new, strict=True):
+            ring[row, at[:, -L:] % L] = z[:, -L:]
+        if not self.spec.window:
+            y = attention.masked(q, state.k, state.v, attention.visible(at, state.at, doc, state.doc, 0))
+        state.read.add_(S)
+        return linear(y.flatten(2), self.wo)
+
+    def flops(self, T: int) -> int:
+        W = min(T, self.spec.window or T)
+        return 4 * self.wq.shape[0] * (W - (W * (W - 1)) // (2 * T))      # keys seen, mean over the row; causal halved
+
+    def project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (linear(x, w).unflatten(-1, (-1, self.spec.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if self.spec.qk_norm:
+            q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)
+        pos = ctx.pos / self.spec.rope_scale
+        return rotate(q, pos, self.spec.theta), rotate(k, pos, self.spec.theta), v
+
+
+def rotate(x: Tensor, pos: Tensor, theta: float) -> Tensor:
+    """x (B, T, H, K), pos (B, T) -> x with channel pairs (i, i + K/2) turned by pos * theta^(-2i/K), in fp32."""
+    K = x.shape[-1]
+    x1, x2 = promote(x).chunk(2, -1)
+    f = theta ** (-torch.arange(0, K, 2, device=x.device, dtype=x1.dtype) / K)
+    a = pos[..., None, None] * f
+    cos, sin = a.cos(), a.sin()
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
+
+
+TINY = [Spec(heads=4, kv_heads=2, head_dim=8, theta=100.0),
+        Spec(heads=4, kv_heads=1, head_dim=8, window=5, qk_norm=True, rope_scale=2.0)]

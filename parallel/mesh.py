@@ -1,0 +1,113 @@
+"""Where a rank stands. World rank = ((pp * dp) + dp rank) * tp + tp rank: tp ranks are neighbours, stages far apart."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from stepladder.parallel.support import Parallel
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Coordinates and groups. Expert ranks fold over dp x tp: ep neighbours first, the rest (edp) holds copies."""
+    layout: Parallel
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        p = self.layout
+        if self.size % (p.tp * p.pp):
+            raise ValueError(f"world size {self.size} is not a multiple of tp * pp = {p.tp} * {p.pp}; start "
+                             f"{p.tp * p.pp} processes, or a multiple of it")
+        if self.dp % p.dp_replicate:
+            raise ValueError(f"data-parallel size {self.dp} is not divisible by dp_replicate = {p.dp_replicate}")
+        if self.dp * p.tp % p.ep:
+            raise ValueError(f"ep = {p.ep} does not divide dp * tp = {self.dp} * {p.tp}")
+
+    @property
+    def tp(self) -> int:
+        return self.layout.tp
+
+    @property
+    def pp(self) -> int:
+        return self.layout.pp
+
+    @property
+    def ep(self) -> int:
+        return self.layout.ep
+
+    @property
+    def dp(self) -> int:
+        return self.size // (self.tp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.dp * self.tp // self.ep
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp % self.dp
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // (self.tp * self.dp)
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % (self.dp * self.tp) % self.ep
+
+    @cached_property
+    def dense(self) -> DeviceMesh:
+        """(pp, replicate, shard, tp)"""
+        r = self.layout.dp_replicate
+        return self._view((self.pp, r, self.dp // r, self.tp), ("pp", "replicate", "shard", "tp"))
+
+    @cached_property
+    def flat(self) -> DeviceMesh:
+        """(pp, dp, tp)"""
+        return self._view((self.pp, self.dp, self.tp), ("pp", "dp", "tp"))
+
+    @cached_property
+    def expert(self) -> DeviceMesh:
+        """(pp, edp, ep)"""
+        return self._view((self.pp, self.edp, self.ep), ("pp", "edp", "ep"))
+
+    def units(self, pieces: int) -> DeviceMesh:
+        """(pp, replicate, shard, piece, copy): tp ranks grouped by which of `pieces` slices they hold."""
+        made = self._units
+        if pieces not in made:
+            r = self.layout.dp_replicate
+            made[pieces] = self._view((self.pp, r, self.dp // r, pieces, self.tp // pieces),
+                                      ("pp", "replicate", "shard", "piece", "copy"))
+        return made[pieces]
+
+    @cached_property
+    def _units(self) -> dict[int, DeviceMesh]:
+        return {}
+
+    def _view(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+        return DeviceMesh(self.device.type, torch.arange(self.size).view(shape), mesh_dim_names=names)
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """Process group of one axis: pp, dp, tp, ep or edp."""
+        return (self.expert if name in ("ep", "edp") else self.flat)[name].get_group()
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def __repr__(self) -> str:
+        p = self.layout
+        data = f"dp{self.dp}" + (f"={p.dp_replicate}x{self.dp // p.dp_replicate}" if p.dp_replicate > 1 else "")
+        return (f"Mesh({self.size} {self.device.type}: pp{self.pp} x {data}{' fsdp' if p.shard and self.dp > 1 else ''}"
+                f" x tp{self.tp}{' sp' if p.sequence else ''}, ep{self.ep} x edp{self.edp})")

@@ -1,0 +1,88 @@
+"""What works with what: the one table. It checks configurations, prints the documentation, and picks the tests."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+
+from stepladder.model.config import ModelConfig
+from stepladder.model.registry import CHANNEL, TOKEN
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a model is laid over ranks. dp is what remains: world size / (tp * pp)."""
+    tp: int = 1                    # tensor parallel
+    pp: int = 1                    # pipeline stages
+    ep: int = 1                    # expert parallel, folded over dp x tp
+    dp_replicate: int = 1          # copies of the sharded group (HSDP)
+    sequence: bool = False         # the stream between sublayers is split over tp by tokens
+    shard: bool = True             # FSDP2 over dp; false: gradients are all-reduced and every rank holds everything
+    reshard: bool = True           # free gathered weights after the forward pass
+    microbatches: int = field(default=0)   # pipeline micro-batches a step; 0: all of a rank's rows, one by one
+
+    def features(self, dp: int) -> frozenset[str]:
+        """The names of what this layout uses, as they stand in LAYOUTS."""
+        data = "fsdp" if self.shard and self.dp_replicate == 1 else "hsdp" if self.shard else "ddp"
+        used = {"tp": self.tp > 1, "sp": self.sequence and self.tp > 1, "pp": self.pp > 1, "ep": self.ep > 1,
+                data: dp > 1}
+        return frozenset(name for name, on in used.items() if on)
+
+
+FEATURES = {"tp": "tensor parallel", "sp": "sequence parallel", "pp": "pipeline (1F1B)", "ep": "expert parallel",
+            "ddp": "data parallel, replicated", "fsdp": "FSDP2", "hsdp": "FSDP2, sharded groups replicated"}
+
+# Every set listed is run by tests/test_parity.py at two ranks a dimension.
+LAYOUTS: list[frozenset[str]] = [
+    frozenset((*tensor, *pipe, *expert, *data))
+    for tensor, pipe, expert, data in product(
+        [(), ("tp",), ("tp", "sp")], [(), ("pp",)], [(), ("ep",)], [(), ("ddp",), ("fsdp",), ("hsdp",)])
+    if not (expert and not tensor and not data)          # ep has nothing to fold over
+]
+
+WIRINGS = {"standard": (0, 0), "parallel": (0, 1), "ladder": (1, 1)}
+
+# Combinations inside the listed layouts that do not work, each with its reason.
+REFUSED = {
+    ("tied", "pp"): "a tied head would need the embedding's gradient from another pipeline stage",
+    ("ep", "no moe"): "there are no experts to split",
+}
+
+
+class UnsupportedError(ValueError):
+    pass
+
+
+def refuse(model: ModelConfig, parallel: Parallel, dp: int) -> None:
+    """Raises UnsupportedError for a combination that is not listed, naming the nearest one that is."""
+    used = parallel.features(dp)
+    if used not in LAYOUTS:
+        near = min(LAYOUTS, key=lambda layout: (len(layout ^ used), sorted(layout)))
+        raise UnsupportedError(f"{_name(used)} is not a supported layout; the nearest is {_name(near)}")
+    if parallel.sequence and parallel.tp == 1:
+        raise UnsupportedError("parallel.sequence = true with parallel.tp = 1: sequence parallel splits tokens over "
+                               "the tensor-parallel ranks; set parallel.tp above 1 or parallel.sequence = false")
+    traits = {"tied"} if model.tied else set()
+    traits |= set() if any(b.channel.kind == "moe" for b in model.kinds()) else {"no moe"}
+    for pair, reason in REFUSED.items():
+        if set(pair) <= used | traits:
+            rest = used - set(pair)
+            raise UnsupportedError(f"{' with '.join(pair)} is not supported: {reason}; "
+                                   f"the nearest supported layout is {_name(rest)}")
+
+
+def _name(features: frozenset[str]) -> str:
+    return " x ".join(f for f in FEATURES if f in features) or "one rank"
+
+
+def markdown() -> str:
+    """The support table of the README."""
+    data = ["ddp", "fsdp", "hsdp"]
+    rows = ["| layout | alone | " + " | ".join(data) + " |", "|---|---|" + "---|" * len(data)]
+    for base in sorted({layout - set(data) for layout in LAYOUTS}, key=lambda s: (len(s), _name(s))):
+        cells = ["yes" if base | extra in LAYOUTS else "-" for extra in (frozenset(), *({d} for d in data))]
+        rows.append(f"| {_name(base)} | " + " | ".join(cells) + " |")
+    notes = [f"- {' with '.join(pair)}: no, {reason}." for pair, reason in REFUSED.items()]
+    return "\n".join([
+        f"Token mixers {', '.join(TOKEN)}; channel mixers {', '.join(CHANNEL)} (moe also pre-gated); "
+        f"wirings {', '.join(f'{k} {list(v)}' for k, v in WIRINGS.items())}, mixed freely over the depth: "
+        "each with every layout below.", "", *rows, "", *notes])
