@@ -1,0 +1,481 @@
+"""What a run can rely on when it saves, dies and comes back."""
+
+import argparse
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from stepladder.launch import export
+from stepladder.parallel import checkpoint, checkpoint_folder
+from stepladder.parallel.checkpoint import CheckpointError, Lock, Store
+
+META = {"step": 0, "config": "[model]\nwidth = 8\n", "cursor": {"lanes": [1, 2]}}
+
+
+def tensors(value: float = 0.0) -> dict[str, torch.Tensor]:
+    """Odd sizes, every kind of dtype that training keeps, a scalar and an empty one."""
+    return {
+        "model/a": torch.arange(15.0).view(3, 5) + value,
+        "model/b": torch.full((7,), value, dtype=torch.bfloat16),
+        "optimizer/step": torch.tensor(float(value)),
+        "optimizer/mask": torch.tensor([True, False, True]),
+        "rng/cpu": torch.arange(9, dtype=torch.uint8),
+        "model/none": torch.empty(0, 4),
+    }
+
+
+def save(store: Store, step: int, state: dict[str, torch.Tensor] | None = None) -> None:
+    state = tensors(step) if state is None else state
+    store.save(step, state, META | {"step": step}, shapes={name: tuple(t.shape) for name, t in state.items()})
+    store.finish()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def step_folders(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_what_was_saved_is_what_is_loaded(tmp_path):
+    store = Store(tmp_path)
+    assert store.newest() is None
+    save(store, 12)
+    path = store.newest()
+    assert path == tmp_path / "checkpoints" / "step-00000012"
+    state = {name: torch.zeros_like(t) for name, t in tensors().items()}
+    assert Store(tmp_path).load(path, state) == META | {"step": 12} == checkpoint.meta(path)
+    assert same(state, tensors(12))
+    assert checkpoint.names(path)["model/b"] == ((7,), torch.bfloat16)
+    assert store.failures == []
+
+
+def test_changes_right_after_save_returns_are_not_saved(tmp_path):
+    store, state = Store(tmp_path), {"w": torch.ones(1 << 20)}
+    for step in (1, 2):  # the second save reuses the buffer and the plan of the first
+        state["w"].fill_(step)
+        store.save(step, state, {}, shapes={"w": (1 << 20,)})
+        state["w"].fill_(-1.0)
+    store.finish()
+    for step in (1, 2):
+        store.load(store.folder / f"step-{step:08d}", state)
+        assert (state["w"] == step).all()
+
+
+def test_saving_happens_beside_the_training(tmp_path, monkeypatch):
+    release, write = threading.Event(), checkpoint.write_file
+    monkeypatch.setattr(checkpoint, "write_file", lambda *args: release.wait(10) and write(*args))
+    store, state = Store(tmp_path), tensors()
+    store.save(1, state, {}, shapes={name: tuple(t.shape) for name, t in state.items()})
+    assert not (store.folder / "step-00000001").exists()  # save has returned and nothing is written yet
+    release.set()
+    store.finish()
+    assert store.newest() is not None
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "index", "no index"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, harm):
+    notes: list[str] = []
+    store = Store(tmp_path, note=notes.append)
+    save(store, 1)
+    save(store, 2)
+    path = store.folder / "step-00000002"
+    file = path / ("checkpoint.json" if "index" in harm else "rank-00000.bin")
+    data = bytearray(file.read_bytes())
+    if harm in ("remove", "no index"):
+        file.unlink()
+    elif harm == "truncate":
+        file.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    assert file.name in str(checkpoint.valid(path))
+    assert Store(tmp_path, note=notes.append).newest() == store.folder / "step-00000001"
+    assert len(notes) == 1
+    assert str(file) in notes[0]
+    with pytest.raises(CheckpointError, match=file.name):
+        Store(tmp_path).load(path, tensors())
+
+
+def test_no_sound_checkpoint_among_several_is_an_error_not_a_fresh_start(tmp_path):
+    save(Store(tmp_path), 1)
+    (tmp_path / "checkpoints/step-00000001/rank-00000.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is sound: .*rank-00000.bin is missing; restore"):
+        Store(tmp_path).newest()
+
+
+def save_and_hang(run: str) -> None:
+    """Save step 1, then hang in the middle of saving step 2, when its file lies there and the index does not."""
+    store = Store(Path(run))
+    save(store, 1)
+    checkpoint.write_index = lambda *args: time.sleep(60)
+    save(store, 2)
+
+
+def save_for_ever(run: str) -> None:
+    store, state = Store(Path(run), keep_last=1), {"w": torch.zeros(1 << 18)}
+    for step in range(1, 100000):
+        store.save(step, {"w": state["w"].fill_(step)}, {}, shapes={"w": (1 << 18,)})
+
+
+def killed(target, run: Path, when) -> None:
+    """Run target in a process of its own and kill -9 it as soon as `when` holds."""
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=(str(run),))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not when():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def test_kill_in_the_middle_of_a_save_leaves_the_last_checkpoint(tmp_path):
+    killed(save_and_hang, tmp_path, lambda: any(tmp_path.glob("checkpoints/step-00000002.tmp-*/rank-00000.bin")))
+    assert len(step_folders(tmp_path)) == 2  # the torn one is there
+    store, state = Store(tmp_path), tensors()
+    path = store.newest()
+    assert path is not None
+    assert store.load(path, state)["step"] == 1
+    assert same(state, tensors(1))
+    save(store, 2)  # the next run goes on, and clears up
+    assert step_folders(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    for attempt in range(6):
+        run = tmp_path / str(attempt)
+        start = time.monotonic()
+
+        def ripe(run=run, start=start, attempt=attempt):
+            return any(run.glob("checkpoints/step-????????")) and time.monotonic() > start + 0.3 + 0.0171 * attempt
+
+        killed(save_for_ever, run, ripe)
+        store, state = Store(run), {"w": torch.zeros(1 << 18)}
+        path = store.newest()
+        assert path is not None
+        store.load(path, state)
+        assert (state["w"] == int(path.name[5:])).all()
+
+
+def test_a_full_disk_is_reported_and_the_run_goes_on(tmp_path):
+    told: list[str] = []
+    store = Store(tmp_path, on_failure=told.append)
+    save(store, 1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # a longer file is an OSError, like a full disk
+    try:
+        save(store, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert told == store.failures
+    assert len(told) == 1
+    assert told[0].startswith("step 2 was not saved, the checkpoints before it are untouched: rank 0: [Errno 27]")
+    assert step_folders(tmp_path) == ["step-00000001"]
+    assert store.newest() == store.folder / "step-00000001"
+    save(store, 2)
+    assert step_folders(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_the_last_n_and_every_kth_step_are_kept(tmp_path):
+    store = Store(tmp_path, keep_last=2, keep_every=4)
+    for step in range(1, 12):
+        save(store, step)
+    assert [int(name[5:]) for name in step_folders(tmp_path)] == [4, 8, 10, 11]
+
+
+def test_a_broken_later_checkpoint_never_pushes_out_the_sound_one(tmp_path):
+    save(Store(tmp_path), 5)
+    (tmp_path / "checkpoints/step-00000005/rank-00000.bin").unlink()
+    store = Store(tmp_path, keep_last=1)
+    save(store, 3)
+    save(store, 4)
+    assert store.newest() == store.folder / "step-00000004"
+    save(store, 5)  # the run gets there again and replaces the broken one
+    assert store.newest() == store.folder / "step-00000005"
+    assert step_folders(tmp_path) == ["step-00000005"]
+
+
+def test_a_second_program_is_refused_the_run_folder(tmp_path):
+    with Lock(tmp_path):
+        child = os.fork()  # its own open of the lock file, and an inherited one of ours
+        if child == 0:
+            try:
+                with Lock(tmp_path):
+                    os._exit(1)
+            except CheckpointError as error:
+                os._exit(0 if f"in use by process {os.getppid()} on host" in str(error) else 2)
+        assert os.waitpid(child, 0)[1] == 0
+    with Lock(tmp_path):
+        pass
+
+
+def test_a_forked_worker_does_not_hold_the_run_after_its_parent(tmp_path):
+    reader, writer = os.pipe()
+    trainer = os.fork()
+    if trainer == 0:
+        with Lock(tmp_path):
+            if os.fork() == 0:
+                os.read(reader, 1)  # the worker outlives the trainer
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    try:
+        with Lock(tmp_path):
+            pass
+    finally:
+        os.write(writer, b"x")
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(Store(tmp_path), 1)
+    path, state = tmp_path / "checkpoints/step-00000001", {"model/b": torch.zeros(7, dtype=torch.bfloat16)}
+    evil = pickle.dumps(Evil())
+    pickle.loads(evil)
+    (tmp_path / "executed").rmdir()  # so it would execute
+
+    index = checkpoint_folder.read_index(path)
+    (path / ".metadata").write_bytes(evil)  # where DCP keeps its own
+    (path / "rank-00000.bin").write_bytes(evil)
+    index["files"]["rank-00000.bin"] = [len(evil), checkpoint_folder._checksum(path / "rank-00000.bin")]
+    index["tensors"]["model/b"]["chunks"] = [[[0], [7], "rank-00000.bin", 0]]
+    checkpoint_folder.write_index(path, index)
+    Store(tmp_path).load(path, state, prefix="model/b")
+    (path / "checkpoint.json").write_bytes(evil)
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.fill(path, state)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_index_cannot_point_out_of_its_folder(tmp_path):
+    (tmp_path / "secret").write_bytes(bytes(64))
+    save(Store(tmp_path), 1)
+    path = tmp_path / "checkpoints/step-00000001"
+    index = checkpoint_folder.read_index(path)
+    index["tensors"]["model/b"]["chunks"][0][2] = "../../secret"
+    checkpoint_folder.write_index(path, index)
+    with pytest.raises(CheckpointError, match="not a file of the checkpoint"):
+        checkpoint.fill(path, {"model/b": torch.zeros(7, dtype=torch.bfloat16)})
+    checkpoint_folder.write_index(path, index | {"files": {"../../secret": [64, "758d6336"]}})
+    assert "names a file '../../secret'" in str(checkpoint.valid(path))
+
+
+def test_another_format_is_refused_by_number(tmp_path):
+    save(Store(tmp_path), 1)
+    path = tmp_path / "checkpoints/step-00000001"
+    checkpoint_folder.write_index(path, checkpoint_folder.read_index(path) | {"format": 2})
+    assert "has format 2, this version reads 1" in str(checkpoint.valid(path))
+
+
+def misfits():
+    a = torch.zeros(3, 5)
+    yield "missing", {"model/a": a, "model/c": torch.zeros(2)}, r"model/c \(2,\) is not in the checkpoint"
+    yield "shape", {"model/a": torch.zeros(5, 3)}, r"model/a is \(3, 5\) in the checkpoint, \(5, 3\) in this model"
+    yield "dtype", {"model/a": a.half()}, r"model/a is torch.float32 in the checkpoint, torch.float16 in this model"
+    yield "extra", {"model/a": a}, r"model/b \(7,\) is in the checkpoint, but this model has no such tensor"
+
+
+@pytest.mark.parametrize(("state", "says"), [pytest.param(*case, id=name) for name, *case in misfits()])
+def test_a_tensor_that_does_not_fit_is_named_with_both_shapes_and_nothing_is_written(tmp_path, state, says):
+    store = Store(tmp_path)
+    save(store, 1)
+    with pytest.raises(CheckpointError, match=says):
+        store.load(store.folder / "step-00000001", state, prefix="model/")
+    assert not any(t.any() for t in state.values())
+
+
+def test_a_part_of_the_names_can_be_loaded_by_prefix(tmp_path):
+    store = Store(tmp_path)
+    save(store, 1)
+    state = {name: torch.zeros_like(t) for name, t in tensors().items() if name.startswith("model/")}
+    store.load(store.folder / "step-00000001", state, prefix="model/")
+    assert same(state, {name: t for name, t in tensors(1).items() if name in state})
+
+
+def test_the_first_differing_key_is_named_with_both_values():
+    saved = {"model": {"width": 8, "blocks": {"gla": {"token": {"heads": 4}}}}, "manifest": "aa"}
+    checkpoint.refuse_mismatch(
+        saved, {"model": {"blocks": {"gla": {"token": {"heads": 4}}}, "width": 8}} | {"manifest": "aa"}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"model.blocks.gla.token.heads: the checkpoint was made with 4, this run has 2"
+    ):
+        checkpoint.refuse_mismatch(
+            saved, {"model": {"width": 9, "blocks": {"gla": {"token": {"heads": 2}}}}, "manifest": "aa"}
+        )
+    with pytest.raises(CheckpointError, match="manifest: the checkpoint was made with 'aa', this run has nothing"):
+        checkpoint.refuse_mismatch(saved, {"model": saved["model"]})
+
+
+def test_undeclared_state_is_refused(tmp_path):
+    store, w = Store(tmp_path), torch.zeros(2, 3)
+    for state, shapes, says in [
+        ({"w": w}, {"w": (4, 3)}, r"w would be recorded with shape \(2, 3\) but is declared as \(4, 3\)"),
+        ({"w": w}, {}, "w is in the state but not declared"),
+        ({}, {"w": (2, 3)}, "w is declared but not in the state"),
+        ({"w": w.to(torch.complex64)}, {"w": (2, 3)}, "w has dtype torch.complex64"),
+    ]:
+        with pytest.raises(CheckpointError, match=says):
+            store.save(1, state, {}, shapes=shapes)
+    assert not store.folder.exists()
+
+
+def test_safetensors_hold_the_model_the_config_and_the_step(tmp_path, capsys):
+    save(Store(tmp_path), 7)
+    out = tmp_path / "out" / "model.safetensors"
+    export.run(argparse.Namespace(run=str(tmp_path), out=str(out)))
+    with safe_open(out, "pt") as file:
+        assert sorted(file.keys()) == ["a", "b", "none"]
+        for name in file.keys():  # noqa: SIM118
+            assert torch.equal(file.get_tensor(name), tensors(7)[f"model/{name}"])
+        assert file.metadata() == {"format": "pt", "config": META["config"], "step": "7"}
+    with pytest.raises(CheckpointError, match="exists already"):
+        export.run(argparse.Namespace(run=str(tmp_path), out=str(out)))
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        export.run(argparse.Namespace(run=str(tmp_path / "out"), out=str(tmp_path / "other")))
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_may_change_while_their_copies_are_queued(tmp_path):
+    store, w = Store(tmp_path), torch.ones(1 << 26, device="cuda")
+    for step in (1, 2):
+        w.fill_(step)
+        store.save(step, {"w": w}, {}, shapes={"w": (1 << 26,)})
+        w.fill_(-1.0)
+    assert store.buffer.is_pinned()  # torch.cuda.cudart().cudaHostRegister
+    store.finish()
+    for step in (1, 2):
+        store.load(store.folder / f"step-{step:08d}", {"w": w})
+        assert (w == step).all()
+
+
+# --- more than one rank
+
+WHOLE = torch.arange(42.0).view(6, 7)
+
+
+def labelled(rank: int, n: int, fill: float | None = None) -> dict[str, torch.Tensor]:
+    """Parts of WHOLE: rows split (rank 3 of 4 has none), columns split, replicated; and a tensor of rank 1 only."""
+    mesh = init_device_mesh("cpu", (n,))
+    whole = WHOLE if fill is None else torch.full_like(WHOLE, fill)
+    state: dict[str, torch.Tensor] = {}
+    for name, placement in {"rows": Shard(0), "columns": Shard(1), "copies": Replicate()}.items():
+        local = whole
+        if isinstance(placement, Shard):
+            parts = whole.chunk(n, placement.dim)
+            local = parts[rank] if rank < len(parts) else whole.narrow(placement.dim, 0, 0)
+        state[name] = DTensor.from_local(local.clone(), mesh, [placement], shape=whole.shape, stride=whole.stride())
+    state["plain"] = whole.clone()
+    if rank == 1:  # as the parameters of one pipeline stage
+        state["stage"] = whole.clone()
+    return state
+
+
+def shapes(state):
+    return {name: tuple(t.shape) for name, t in state.items()}
+
+
+def save_on_ranks(rank, n, run):
+    store, state = Store(Path(run)), labelled(rank, n)
+    store.save(1, state, {"step": 1}, shapes=shapes(state))
+    for t in state.values():
+        (t.to_local() if isinstance(t, DTensor) else t).zero_()  # the second step saves zeros, by the agreed plan
+    first = store.agreement
+    store.save(2, state, {"step": 2}, shapes=shapes(state))
+    assert store.agreement is first
+    store.finish()
+    assert store.failures == []
+
+
+def load_on_ranks(rank, n, path, value):
+    store, state = Store(Path(path).parent.parent), labelled(rank, n, -1.0)
+    assert store.newest() is not None
+    store.load(Path(path), state)
+    for name, t in labelled(rank, n, value).items():
+        mine, want = (x.to_local() if isinstance(x, DTensor) else x for x in (state[name], t))
+        assert torch.equal(mine, want), name
+
+
+def test_any_layout_reads_what_another_wrote(tmp_path):
+    ranks.run(4, save_on_ranks, str(tmp_path))
+    folder = tmp_path / "checkpoints"
+    state = {name: torch.full_like(WHOLE, -1.0) for name in ("rows", "columns", "copies", "plain", "stage")}
+    for step, want in ((1, WHOLE), (2, torch.zeros_like(WHOLE))):
+        assert Store(tmp_path).load(folder / f"step-{step:08d}", state) == {"step": step}
+        assert all(torch.equal(t, want) for t in state.values())
+    ranks.run(2, load_on_ranks, str(folder / "step-00000001"), None)
+    one = Store(tmp_path / "one")
+    save(one, 1, {name: WHOLE.clone() for name in state})
+    ranks.run(2, load_on_ranks, str(one.folder / "step-00000001"), None)
+
+
+def test_each_part_is_written_once(tmp_path):
+    ranks.run(4, save_on_ranks, str(tmp_path))
+    bytes_on_disk = sum(file.stat().st_size for file in tmp_path.glob("checkpoints/step-00000001/*.bin"))
+    assert 5 * WHOLE.nbytes <= bytes_on_disk < 6 * WHOLE.nbytes
+
+
+def save_wrongly(rank, n, run):
+    """As tests of labels must forbid: tensor-parallel slices labelled over the data-parallel axis alone."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tp = mesh["tp"].get_local_rank()
+    local = torch.full((4, 4), float(tp))  # a (8, 8) weight, rows split over tp, columns over dp
+    slice_ = DTensor.from_local(local, mesh["dp"], [Shard(1)])
+    store = Store(Path(run))
+    with pytest.raises(CheckpointError, match=r"w would be recorded with shape \(4, 8\) but is declared as \(8, 8\)"):
+        store.save(1, {"w": slice_}, {}, shapes={"w": (8, 8)})
+    store.save(2, {"w": slice_}, {}, shapes={"w": (4, 8)})  # believed, it is lost
+    store.finish()
+    if rank == 0:
+        state = {"w": torch.full((4, 8), -1.0)}
+        checkpoint.fill(store.folder / "step-00000002", state)
+        assert state["w"].unique().tolist() == [0.0]
+    with pytest.raises(CheckpointError, match=r"w has dtype torch.complex64"):  # on every rank, not a hang on three
+        store.save(3, {"w": slice_.to(torch.complex64) if rank == 1 else slice_}, {}, shapes={"w": (4, 8)})
+
+
+def test_an_unlabelled_slice_is_refused_because_it_would_be_lost(tmp_path):
+    ranks.run(4, save_wrongly, str(tmp_path))
+
+
+def save_on_a_disk_full_for_one(rank, n, run):
+    store, state = Store(Path(run)), labelled(rank, n)
+    store.save(1, state, {}, shapes=shapes(state))
+    store.finish()
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    store.save(2, state, {}, shapes=shapes(state))
+    store.finish()
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert len(store.failures) == 1
+    assert "step 2 was not saved" in store.failures[0]
+    assert "rank 1: [Errno 27]" in store.failures[0]
+    assert store.newest() == store.folder / "step-00000001"
+    with pytest.raises(CheckpointError, match=r"stage .* is in the checkpoint"):  # on both ranks, though each has less
+        store.load(store.folder / "step-00000001", {"plain": torch.zeros(6, 7)}, prefix="stage")
+
+
+def test_one_ranks_full_disk_is_everyones_failed_save(tmp_path):
+    ranks.run(2, save_on_a_disk_full_for_one, str(tmp_path))
+    assert step_folders(tmp_path) == ["step-00000001"]
