@@ -345,7 +345,7 @@ def _host_buffer(size: int, *, pinned: bool) -> Tensor:
     buffer = torch.zeros(size, dtype=torch.uint8)
     if pinned and size:
         runtime: Any = torch.cuda.cudart()
-        torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)))
+        torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), size, 0))
         weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
     return buffer
 
