@@ -41,7 +41,7 @@ class Tokenizer:
 
     def __init__(self, source: str = _BYTES, where: str = "tokenizer"):
         self.hash = hashlib.sha256(source.encode()).hexdigest()
-        self._source = source
+        self.source = source  # the text of its tokenizer.json
         self._hf: tokenizers.Tokenizer | None = None
         if source == _BYTES:
             self.name, self.vocab, self.eot = "bytes", 257, 256
@@ -80,14 +80,14 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, which `load` reads back with the same hash."""
-        (Path(folder) / FILE).write_bytes(self._source.encode())
+        (Path(folder) / FILE).write_bytes(self.source.encode())
 
     def __reduce__(self):
-        return Tokenizer, (self._source,)
+        return Tokenizer, (self.source,)
 
     @cached_property
     def _fast(self) -> tiktoken.Encoding | None:
-        return _tiktoken(self._source, self._hf) if self._hf is not None else None
+        return _tiktoken(self.source, self._hf) if self._hf is not None else None
 
     @cached_property
     def _bytes(self) -> list[bytes] | None:

@@ -1,0 +1,143 @@
+"""Input files to documents: a plain text file is one document, a line of JSONL is one; both may be .zst."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import zstandard
+
+
+class Part(NamedTuple):
+    """Whole lines of a JSONL file, or a whole text file."""
+
+    file: str
+    jsonl: bool
+    line: int  # number of its first line in the file
+    data: bytes
+
+
+def find(inputs: Sequence[str | Path], but: Path) -> list[Path]:
+    """Files in the order they are read: as given, folders sorted; hidden files and the folder `but` are left out."""
+    files: list[Path] = []
+    for given in map(Path, inputs):
+        if not given.is_dir():
+            if not given.is_file():
+                raise ValueError(f"{given}: no such file or folder")
+            files.append(given)
+            continue
+        inside = sorted(path for path in given.rglob("*") if path.is_file())
+        inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(given).parts)]
+        inside = [path for path in inside if but.resolve() not in path.resolve().parents]
+        if not inside:
+            raise ValueError(f"{given}: the folder holds no files")
+        files += inside
+    if not files:
+        raise ValueError("no inputs given: name text files, .jsonl or .jsonl.zst files, or folders of them")
+    return files
+
+
+def chunks(files: Sequence[Path], size: int) -> Iterator[tuple[list[Part], int]]:
+    """Runs of parts of about `size` bytes of input, each with the file bytes read so far.
+
+    A chunk becomes a shard, so where it ends depends on the inputs and `size` alone.
+    """
+    chunk: list[Part] = []
+    have = before = 0
+    for file in files:
+        jsonl = file.name.removesuffix(".zst").endswith((".jsonl", ".ndjson"))
+        with _open(file) as (raw, stream):
+            line = 1
+            while data := _lines(stream, size - have) if jsonl else stream.read():
+                chunk.append(Part(str(file), jsonl, line, data))
+                have += len(data)
+                line += data.count(b"\n")
+                if have >= size:
+                    yield chunk, before + raw.tell()
+                    chunk, have = [], 0
+        before += file.stat().st_size
+    if chunk:
+        yield chunk, before
+
+
+def texts(part: Part, key: str) -> Iterator[str]:
+    """The part's documents, empty ones left out. Raises ValueError with the file and the line."""
+    if not part.jsonl:
+        try:
+            text = part.data.decode()
+        except UnicodeDecodeError as error:
+            line = part.line + part.data.count(b"\n", 0, error.start)
+            raise ValueError(f"{part.file}:{line}: not UTF-8: {error.reason}") from None
+        if text:
+            yield text
+        return
+    for number, line in enumerate(part.data.split(b"\n"), part.line):
+        if line.strip():
+            text = _text(line, key, f"{part.file}:{number}")
+            if text:
+                yield text
+
+
+def _text(line: bytes, key: str, where: str) -> str:
+    try:
+        table = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8: {error.reason}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(table, dict) or key not in table:
+        known = ", ".join(table) if isinstance(table, dict) else "it is not an object"
+        raise ValueError(f"{where}: no key {key!r} ({known}); name the text's key with --text-key")
+    text = table[key]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {key!r} is {type(text).__name__}, not a string")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError(f"{where}: half of a surrogate pair, which is no character")
+    return text
+
+
+def _lines(stream: io.BufferedReader, size: int) -> bytes:
+    return stream.read(max(size, 1)) + stream.readline()
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]:
+    """The file as it lies on disk, to tell the position, and its unpacked bytes."""
+    with open(file, "rb") as raw:
+        if file.suffix != ".zst":
+            yield raw, raw
+            return
+        try:
+            yield raw, io.BufferedReader(_Unpacked(raw), 1 << 20)
+        except (zstandard.ZstdError, EOFError) as error:
+            raise ValueError(f"{file}: not readable as zstd: {error}") from None
+
+
+class _Unpacked(io.RawIOBase):
+    """A zstd file unpacked. Unlike the library's own reader it does not take a truncated file for a shorter one."""
+
+    def __init__(self, raw: io.BufferedReader):
+        self._raw, self._zstd, self._fed, self._ready = raw, zstandard.ZstdDecompressor().decompressobj(), False, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            data = self._zstd.unused_data if self._zstd.eof else b""
+            if self._zstd.eof:
+                self._zstd, self._fed = zstandard.ZstdDecompressor().decompressobj(), False
+            data = data or self._raw.read(1 << 18)
+            if not data:
+                if self._fed:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._ready, self._fed = self._zstd.decompress(data), True
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
