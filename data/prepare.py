@@ -32,7 +32,7 @@ from stepladder.data.manifest import Columns, Manifest, Shard
 
 FEWEST_BLOCKS = 64  # lanes share out blocks: even a small corpus gets about this many
 TRAINING_BYTES = 64 << 20  # of text that a tokenizer is trained on
-Progress = Callable[[str, int, int, int], None]  # what is done, file bytes done, of how many, text bytes done
+Progress = Callable[[str, int, int, int], None]  # what is done; file bytes done, of how many; text bytes done
 
 
 class Options(NamedTuple):
@@ -168,7 +168,7 @@ def _make_shards(files: Sequence[Path], task: Task, workers: int, progress: Prog
     for index, shard in enumerate(_in_order(make_shard, tasks(), workers)):
         size += shard.text_bytes
         shards += [shard] if shard.documents else []
-        progress(f"{len(shards)} shards", read[index], total, size)
+        progress("shards", read[index], total, size)
     return shards
 
 
@@ -229,7 +229,7 @@ def _sample(files: Sequence[Path], options: Options, progress: Progress) -> Iter
                 size += len(text.encode())
                 yield text
             number += 1
-        progress("reading text for the tokenizer", read, total, size)
+        progress("training the tokenizer", read, total, size)
 
 
 def _finished(out: Path, asked: dict, told: list, files: Sequence[Path]) -> Manifest:

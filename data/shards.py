@@ -6,6 +6,7 @@ taken by exact name as raw bytes, so nothing else in an archive is unpickled, un
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import subprocess
@@ -105,6 +106,21 @@ class Corpus:
         if block not in found:
             self._raise(shard, block, why)
         return found[block]
+
+    def verify(self, shard: int) -> None:
+        """Reads the whole shard against its sha256 and its blocks' checksums. Raises ShardError."""
+        told = self.manifest.shards[shard]
+        digest = hashlib.sha256()
+        try:
+            with open(self.url(told.file), "rb") if not self.remote else gopen(self.url(told.file)) as stream:
+                while data := stream.read(1 << 20):
+                    digest.update(data)
+        except OSError as error:
+            self._raise(shard, 0, f"cannot be read ({error.strerror or error})")
+        for block in range(len(told.blocks)):
+            self.read(shard, block)
+        if digest.hexdigest() != told.sha256:
+            self._raise(shard, 0, f"sha256 {digest.hexdigest()[:12]} is not the manifest's {told.sha256[:12]}: corrupt")
 
     def _local(self, shard: int, block: int) -> Block:
         row = self.manifest.shards[shard].blocks[block]
