@@ -36,6 +36,7 @@ class Decl(NamedTuple):
 class Leaf(nn.Module):
     """A module that declares weights. Forward code computes with whatever slice it holds; counts come from shapes."""
     comm: Comm                # parallel/build.py replaces it
+    replicated = False        # whole and fp32 on every data-parallel rank: small, or needed outside forward()
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Where a rank stands. World rank = ((pp * dp) + dp rank) * tp + tp rank: tp ranks are neighbours, stages far apart."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,6 +98,13 @@ class Mesh:
 
     def _view(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         return DeviceMesh(self.device.type, torch.arange(self.size).view(shape), mesh_dim_names=names)
+
+    def connect(self, pieces: Iterable[int]) -> None:
+        """Make every group there is; `pieces` are the numbers of slices that parameters are cut into over tp."""
+        if not self.alone:
+            _ = self.dense, self.flat, self.expert
+            for n in sorted(set(pieces) - {self.tp}):
+                self.units(n)
 
     def group(self, name: str) -> dist.ProcessGroup:
         """Process group of one axis: pp, dp, tp, ep or edp."""

@@ -72,6 +72,7 @@ class Here:
 
 class Router(Leaf):
     w: Tensor          # (E, D)
+    replicated = True  # plan() runs outside the mixer's forward, where FSDP has gathered nothing
 
     def __init__(self, cfg: ModelConfig, spec: Spec):
         super().__init__()

@@ -1,0 +1,87 @@
+"""From a configuration and a mesh to this rank's part of the model, ready to train. The order of things is here."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepladder.model.channel.moe import Mixer as MoE
+from stepladder.model.config import ModelConfig
+from stepladder.model.decoder import Decoder, blocks, skeleton
+from stepladder.model.leaf import Decl, Leaf, declared
+from stepladder.parallel import init
+from stepladder.parallel.expert import AllToAll
+from stepladder.parallel.labels import label
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.pipeline import Pipe, Stage, spans
+from stepladder.parallel.shard import Sums, copies, local, wrap
+from stepladder.parallel.tensor import OwnTokens, SequenceComm, TensorComm
+
+
+@dataclass
+class Parts:
+    """This rank's part of a model."""
+    mesh: Mesh
+    decoder: Decoder
+    pipe: Pipe                        # micro-batches through the stage
+    sums: Sums                        # the gradient sums FSDP does not do; call after the passes of a step
+    decls: dict[str, Decl]
+    sharded: dict[str, int]           # parameter -> dimension FSDP cut
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.decoder.named_parameters())
+
+    def copies(self, name: str) -> int:
+        return copies(self.decls[name], self.mesh, name in self.sharded)
+
+    def label(self, name: str, piece: Tensor) -> Tensor:
+        """A tensor cut like parameter `name` (itself, its gradient, its moments) as a piece of the declared whole."""
+        return label(local(piece), self.decls[name], self.mesh, self.sharded.get(name))
+
+
+def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32, recompute: str = "none",
+          compiled: bool = False) -> Parts:
+    """Weights of at least fp32, computing in `dtype`. recompute: none, token, channel or both."""
+    # Making a group is collective: every stage makes them all, in one order, also those of layers it does not hold.
+    mesh.connect(d.pieces(mesh.tp) for d in declared(skeleton(cfg)).values() if d.tp is not None)
+    decoder = skeleton(cfg, spans(cfg.layers, mesh.pp)[mesh.pp_rank])
+    decls = declared(decoder)
+    init.split(decoder, mesh)
+    decoder.to(dtype=torch.promote_types(dtype, torch.float32)).to_empty(device=mesh.device)
+    init.fill(decoder, mesh, seed)
+    decoder.dtype = dtype
+    connect(decoder, mesh)
+    for block in blocks(decoder):
+        block.recompute = recompute in ("token", "both"), recompute in ("channel", "both")
+        if compiled:
+            block.token.compile()
+            if not isinstance(block.channel, MoE):       # its rows are counted on the way: nothing to gain, breaks
+                block.channel.compile()
+    stage = Stage(decoder)
+    sharded = wrap(stage, decoder, mesh, dtype)
+    return Parts(mesh, decoder, Pipe(stage, mesh), Sums(decoder, mesh, sharded), decls, sharded)
+
+
+def connect(decoder: Decoder, mesh: Mesh) -> None:
+    """Give every sublayer its way to the other ranks."""
+    if mesh.tp > 1:
+        stream = (SequenceComm if mesh.layout.sequence else TensorComm)(mesh.group("tp"))
+        tokens = OwnTokens(stream)
+        for block in blocks(decoder):
+            own = block.channel.tokens == "own"
+            block.token_comm, block.channel_comm = stream, tokens if own else stream
+            for mixer, comm in ((block.token, stream), (block.channel, tokens if own else stream)):
+                for leaf in mixer.modules():
+                    if isinstance(leaf, Leaf):
+                        leaf.comm = comm
+        decoder.embed_comm = decoder.head_comm = stream
+        for end in (decoder.embed, decoder.head):
+            if end is not None:
+                end.comm = stream
+                end.first = mesh.tp_rank * decoder.cfg.vocab // mesh.tp
+    if mesh.ep > 1:
+        exchange = AllToAll(mesh.group("ep"))
+        for block in blocks(decoder):
+            if isinstance(block.channel, MoE):
+                block.channel.experts.exchange = exchange

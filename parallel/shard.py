@@ -1,0 +1,123 @@
+"""Data parallelism: FSDP2 over whole mixers, and explicit sums for every gradient it does not see.
+
+Which ranks a gradient is summed over (always SUM; the global token count divides once, in the step):
+
+weight                              over
+embedding, head, split by tp        dp
+unsplit inside a mixer              dp and tp: this rank saw its share of the work
+norm in front of a mixer            dp, and tp under sequence parallel: this rank saw its own tokens
+shared key-value heads              dp and the tp ranks that hold the same head
+split by ep                         edp, the ranks that hold the same experts; never tp as such
+"""
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from stepladder.model.decoder import Decoder, blocks
+from stepladder.model.leaf import Decl, declared
+from stepladder.parallel.mesh import Mesh
+
+
+def local(t: Tensor) -> Tensor:
+    """The slice this rank holds, sharing memory."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dict[str, int]:
+    """Put FSDP2 around every mixer of `model` and around `root`; returns parameter name -> the dimension it shards.
+
+    Only parameters of two and more dimensions are sharded: norms, decays and biases are small, stay fp32, and are
+    reduced explicitly. The sharded dimension is one that tp and ep leave alone.
+    """
+    sharded: dict[str, int] = {}
+    if not mesh.layout.shard or mesh.dp * mesh.tp == 1:
+        return sharded
+    dense, expert = mesh.dp // mesh.layout.dp_replicate, mesh.edp
+    ignored: set[nn.Parameter] = set()
+    dims: dict[nn.Parameter, int] = {}
+    for name, decl in declared(model).items():
+        p, leaf = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
+        dim = None if leaf.replicated else _dimension(decl, tuple(p.shape), dense if decl.ep is None else expert)
+        if dim is None or not p.requires_grad:      # norms, decays, biases, routers
+            ignored.add(p)
+        else:
+            dims[p], sharded[name] = dim, dim
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+    dense_mesh = mesh.dense["replicate", "shard"] if mesh.layout.dp_replicate > 1 else mesh.flat["dp"]
+
+    def apply(module: nn.Module, over: object, reshard: bool) -> None:
+        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored,  # pyright: ignore
+                    shard_placement_fn=lambda p: Shard(dims[p]))
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)               # sums, not means
+        module.set_force_sum_reduction_for_comms(True)       # gloo has no scaled sums
+
+    for block in blocks(model):
+        experts = getattr(block.channel, "experts", None)
+        if experts is not None and expert > 1:
+            apply(experts, mesh.expert["edp"], mesh.layout.reshard)
+        if dense > 1:
+            apply(block.token, dense_mesh, mesh.layout.reshard)
+            apply(block.channel, dense_mesh, mesh.layout.reshard)
+    if dense > 1:
+        apply(root, dense_mesh, False)
+    return sharded
+
+
+def _dimension(decl: Decl, shape: tuple[int, ...], ranks: int) -> int | None:
+    """The first dimension that is free and divides; None: left out of FSDP."""
+    if len(shape) < 2 or ranks == 1:
+        return None
+    return next((i for i, n in enumerate(shape) if i not in (decl.tp, decl.ep) and n % ranks == 0), None)
+
+
+class Sums:
+    """The explicit gradient sums, bucketed: one collective a group and dtype."""
+
+    def __init__(self, model: Decoder, mesh: Mesh, sharded: dict[str, int]):
+        self.buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[nn.Parameter]] = defaultdict(list)
+        norms = {f"blocks.{i}.{n}.scale" for i in model.blocks for n in ("norm1", "norm2")} | {"norm.scale"}
+        for name, decl in declared(model).items():
+            p = model.get_parameter(name)
+            if p.requires_grad:
+                for group in _groups(decl, mesh, name in sharded, name in norms):
+                    self.buckets[group, p.dtype].append(p)
+
+    def __call__(self) -> None:
+        for (group, _), params in self.buckets.items():
+            grads = []
+            for p in params:
+                if p.grad is None:                        # no token came this way; other ranks still take part
+                    p.grad = torch.zeros_like(p)
+                grads.append(local(p.grad))
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat, group=group)
+            for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(part.view_as(g))
+
+
+def _groups(decl: Decl, mesh: Mesh, sharded: bool, norm: bool) -> list[dist.ProcessGroup]:
+    if decl.ep is not None:
+        return [] if sharded or mesh.edp == 1 else [mesh.group("edp")]
+    out = [] if sharded or mesh.dp == 1 else [mesh.group("dp")]
+    if mesh.tp == 1:
+        return out
+    if decl.tp is None and (not norm or mesh.layout.sequence):
+        out.append(mesh.group("tp"))
+    elif decl.tp is not None and decl.pieces(mesh.tp) < mesh.tp:
+        out.append(mesh.units(decl.pieces(mesh.tp))["copy"].get_group())
+    return out
+
+
+def copies(decl: Decl, mesh: Mesh, sharded: bool) -> int:
+    """How many ranks of this pipeline stage hold the same piece of a parameter."""
+    if decl.ep is not None:
+        return 1 if sharded else mesh.edp
+    data = mesh.layout.dp_replicate if sharded else mesh.dp
+    return data * (mesh.tp // decl.pieces(mesh.tp) if decl.tp is not None else mesh.tp)

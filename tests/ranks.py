@@ -1,0 +1,78 @@
+"""Groups of gloo ranks for tests: a fork server with torch preloaded starts one in a tenth of a second."""
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp",
+                                 "torch.distributed.checkpoint", "torch.distributed.pipelining", "torch._dynamo"])
+os.environ.setdefault("OMP_NUM_THREADS", "1")            # read by the server's OpenMP; two busy pools on two cores thrash
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+class RankFailed(AssertionError):
+    pass
+
+
+def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """fn(rank, n, *args) in n processes with a gloo group; their results by rank. A failure or a hang is a failure here."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, ranks = [], []
+        for rank in range(n):
+            ours, theirs = _context.Pipe(duplex=False)
+            p = _context.Process(target=_rank, args=(theirs, rank, n, Path(folder) / "rendezvous", fn, args), daemon=True)
+            p.start()
+            theirs.close()
+            pipes.append(ours)
+            ranks.append(p)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for p in ranks:
+                p.kill()
+                p.join()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    end = time.monotonic() + timeout
+    while len(results) < len(pipes):
+        left = [p for i, p in enumerate(pipes) if i not in results]
+        ready = wait(left, max(0.0, end - time.monotonic()))
+        if not ready:
+            missing = [i for i in range(len(pipes)) if i not in results]
+            raise RankFailed(f"ranks {missing} said nothing for {timeout:.0f} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # pyright: ignore[reportArgumentType]
+            try:
+                ok, value = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue]
+            except EOFError:
+                raise RankFailed(f"rank {rank} died") from None
+            if not ok:
+                raise RankFailed(f"rank {rank}:\n{value}")
+            results[rank] = value
+    return [results[i] for i in range(len(pipes))]
+
+
+def _rank(pipe: Connection, rank: int, n: int, rendezvous: Path, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch                                          # here: the parent of most tests has no need of it yet
+    import torch.distributed as dist
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n)
+        value = fn(rank, n, *args)
+        dist.barrier()
+        pipe.send((True, value))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+        os._exit(0)                                       # gloo's threads may wait for a rank that failed

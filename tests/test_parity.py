@@ -1,0 +1,117 @@
+"""n ranks equal one rank: loss, likelihood, router load and every gradient, in double precision to 1e-10 relative."""
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import ranks
+import tiny
+import torch
+
+from stepladder.parallel.build import Parts, build
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.pipeline import Result
+from stepladder.parallel.support import LAYOUTS, Parallel
+
+EXACT = 1e-10
+ROWS, LENGTH = 2, 16
+CPU = torch.device("cpu")
+
+TOKENS = ["attention0", "attention1", "gla0"]                    # attention1 has a window and fewer kv heads than tp
+CHANNELS = ["swiglu0", "moe0", "moe1", "between"]                # moe1 is pre-gated; "between": dense blocks between
+WIRINGS = ["standard", "parallel", "ladder", "mixed"]
+CELLS = list(product(TOKENS, CHANNELS, WIRINGS))
+
+
+def layout(features: frozenset[str]) -> tuple[Parallel, int]:
+    """A listed layout at two ranks a dimension (HSDP needs two by two), and its world size."""
+    tp, pp = 1 + ("tp" in features), 1 + ("pp" in features)
+    dp = 4 if "hsdp" in features else 2 if {"fsdp", "ddp"} & features else 1
+    parallel = Parallel(tp=tp, pp=pp, ep=1 + ("ep" in features), dp_replicate=1 + ("hsdp" in features),
+                        sequence="sp" in features, shard="ddp" not in features)
+    assert parallel.features(dp) == features
+    return parallel, tp * pp * dp
+
+
+def name(features: frozenset[str]) -> str:
+    return "x".join(sorted(features)) or "alone"
+
+
+def passes(parts: Parts, micros: int) -> Result:
+    """Forward and backward over this rank's share of the same micro-batches, gradients summed."""
+    batch = [tiny.micro(ROWS, LENGTH, seed) for seed in range(micros)]
+    result = parts.pipe(batch[parts.mesh.dp_rank::parts.mesh.dp])
+    parts.sums()
+    return result
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t  # pyright: ignore
+
+
+def differences(rank: int, n: int, cells: list[tuple[str, str, str]], parallel: Parallel) -> list[str]:
+    """What differs on this rank between one rank and `n`, for every cell."""
+    return [f"{'/'.join(cell)}: {d}" for cell in cells for d in compare(rank, n, cell, parallel)]
+
+
+def compare(rank: int, n: int, cell: tuple[str, str, str], parallel: Parallel) -> list[str]:
+    cfg = tiny.config(*cell)
+    mesh = Mesh(parallel, CPU, rank, n)
+    one = build(cfg, Mesh(Parallel(), CPU), seed=3, dtype=torch.float64)
+    many = build(cfg, mesh, seed=3, dtype=torch.float64)
+    want, got = (passes(parts, mesh.dp * max(2, mesh.pp)) for parts in (one, many))
+    # Everything but the stages' own share is a sum over dp; loss and likelihood stand on the last stage only.
+    sums = torch.stack([got.loss / mesh.tp, got.nll / mesh.tp, got.count / mesh.tp])
+    load = torch.stack([s.load.sum() for s in got.stats]).sum() if got.stats else torch.zeros(())
+    sums = torch.cat([sums, load.double().view(1)])
+    torch.distributed.all_reduce(sums)
+    sent = sum(s.load.sum() for s in want.stats)
+    out = [f"{what} {a} != {b}" for what, a, b in zip(
+        ("loss", "likelihood", "count", "load"), sums.tolist(),
+        [float(x) for x in (want.loss, want.nll, want.count, sent)], strict=True)
+        if abs(a - b) > EXACT * max(1.0, abs(b))]
+    grads = {k: p.grad for k, p in one.parameters().items()}
+    for key, p in many.parameters().items():
+        if p.requires_grad:
+            ours, theirs = whole(many.label(key, p.grad)), grads[key]  # pyright: ignore[reportArgumentType]
+            assert theirs is not None
+            error = float((ours - theirs).norm() / theirs.norm())
+            if not error < EXACT:
+                out.append(f"gradient of {key} is off by {error:.1e}")
+    return out
+
+
+def sample(features: frozenset[str]) -> list[tuple[str, str, str]]:
+    """Every pair of (token, channel), (token, wiring), (channel, wiring) at least once over neighbouring layouts."""
+    at, cells = LAYOUTS.index(features), [c for c in CELLS if c[1] != "swiglu0" or "ep" not in features]
+    return cells[at % 7::7] if layout(features)[1] < 8 else cells[at % 11::11]
+
+
+@pytest.mark.parametrize("features", [f for f in LAYOUTS if f], ids=name)
+def test_n_ranks_equal_one_rank(features: frozenset[str]) -> None:
+    parallel, n = layout(features)
+    wrong = ranks.run(n, differences, sample(features), parallel, timeout=240)
+    assert not any(wrong), "\n".join(sorted({line for rank in wrong for line in rank}))
+
+
+def test_the_sample_covers_every_pair() -> None:
+    run = [(features, cell) for features in LAYOUTS if features for cell in sample(features)]
+    assert len(run) >= 60
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert {(c[a], c[b]) for _, c in run} == {(c[a], c[b]) for c in CELLS}
+    for feature in ("tp", "sp", "pp", "ep", "fsdp", "ddp", "hsdp"):
+        cells = {c for f, c in run if feature in f}
+        assert {c[0] for c in cells} == set(TOKENS), feature
+        assert {c[2] for c in cells} == set(WIRINGS), feature
+        assert {c[1] for c in cells} >= set(CHANNELS) - ({"swiglu0"} if feature == "ep" else set()), feature
+
+
+def some_mixers_at_once(rank: int, n: int, parallel: Parallel) -> list[str]:
+    return compare(rank, n, ("every", "between", "mixed"), parallel)
+
+
+@pytest.mark.parametrize("features", [{"tp", "pp"}, {"tp", "ep"}, {"tp", "sp", "pp", "fsdp"}, {"pp", "ep", "fsdp"}],
+                         ids=lambda f: name(frozenset(f)))
+def test_a_model_of_every_mixer_and_wiring(features: set[str]) -> None:
+    parallel, n = layout(frozenset(features))
+    assert not any(ranks.run(n, some_mixers_at_once, parallel))
