@@ -249,11 +249,13 @@ def _finished(out: Path, asked: dict, told: list, files: Sequence[Path]) -> Mani
 
 
 def _tidy(out: Path, shards: list[Shard]) -> None:
-    """Removes the notes on finished shards, and shards of an earlier, interrupted run that are not in this corpus."""
+    """Removes the notes on finished shards and what earlier, interrupted runs left."""
     for note in out.glob("shard-*.json"):
         if note.with_suffix(".tar").name not in {shard.file for shard in shards}:
             note.with_suffix(".tar").unlink(missing_ok=True)
         note.unlink()
+    for partial in out.glob("shard-*.tmp"):
+        partial.unlink()
 
 
 def _check(workers: int, train: int, tokens: str, options: Options) -> None:

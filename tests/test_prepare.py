@@ -1,0 +1,240 @@
+"""stepladder prepare: whatever happens on the way, the same text gives the same bytes."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from corpora import jsonl, texts
+
+from stepladder.data import manifest
+from stepladder.data.manifest import Columns
+from stepladder.data.prepare import Options, prepare
+from stepladder.data.shards import Corpus
+from stepladder.launch import inspect
+from stepladder.launch import prepare as program
+
+SMALL = Options(block_bytes=512, shard_bytes=4000)
+
+
+def documents(out: Path) -> list[str]:
+    """The corpus read back, pieces joined, every end of text checked."""
+    corpus = Corpus(out)
+    found = []
+    for _, ids in inspect._documents(corpus):
+        assert ids[-1] == 256
+        assert 256 not in ids[:-1]
+        found.append(corpus.tokenizer().decode(ids))
+    return found
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_documents_come_back_in_their_order(tmp_path):
+    told = [*texts(150), "", "a<|endoftext|>b", "é😀" * 700]
+    prepare([jsonl(tmp_path / "in.jsonl", told)], tmp_path / "out", options=SMALL)
+    assert documents(tmp_path / "out") == [text for text in told if text]
+    found = Corpus(tmp_path / "out").manifest
+    assert len(found.shards) > 2
+    assert found.documents == len(told) - 1
+    assert sum(shard.text_bytes for shard in found.shards) == sum(len(text.encode()) for text in told)
+
+
+def test_text_jsonl_zstd_and_folders_are_read(tmp_path):
+    folder = tmp_path / "in"
+    jsonl(folder / "a.jsonl", ["one", "two"])
+    packed = zstandard.compress(b'{"text": "three"}\n') + zstandard.compress(b'{"text": "four"}')
+    (folder / "b.jsonl.zst").write_bytes(packed)
+    (folder / "c" / "d").mkdir(parents=True)
+    (folder / "c" / "d" / "e.txt").write_text("five\nsix")
+    (folder / "f.md.zst").write_bytes(zstandard.compress("sieben ö".encode()))
+    (folder / ".hidden").write_bytes(b"\xff")
+    prepare([folder], folder / "out")
+    assert documents(folder / "out") == ["one", "two", "three", "four", "five\nsix", "sieben ö"]
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path):
+    source = jsonl(tmp_path / "in.jsonl", texts(300))
+    for workers in (1, 2):
+        prepare([source], tmp_path / f"out{workers}", workers=workers, name="x", options=SMALL)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
+    source = jsonl(tmp_path / "in.jsonl", texts(300))
+    prepare([source], tmp_path / "whole", train=300, name="x", options=SMALL)
+    code = f"""
+import os
+from stepladder.data.prepare import Options, prepare
+def kill(what, done, total, size):
+    if what == "shards" and size > 8000:
+        open({str(tmp_path / "out" / "shard-00002.tmp")!r}, "wb").write(b"half a shard")
+        os.kill(os.getpid(), 9)
+prepare([{str(source)!r}], {str(tmp_path / "out")!r}, train=300, name="x", options=Options{tuple(SMALL)}, progress=kill)
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / ".src")}
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -signal.SIGKILL
+    first = tmp_path / "out" / "shard-00000.tar"
+    when = first.stat().st_mtime_ns
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    prepare([source], tmp_path / "out", train=300, name="x", options=SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert first.stat().st_mtime_ns == when, "a finished shard was made again"
+
+
+def test_a_finished_shard_is_made_again_when_its_text_changed(tmp_path):
+    source = jsonl(tmp_path / "in.jsonl", texts(300))
+
+    def stop(what, done, total, size):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare([source], tmp_path / "out", options=SMALL, progress=stop)
+    changed = ["B" + text[1:] for text in texts(300)]
+    prepare([jsonl(source, changed)], tmp_path / "out", options=SMALL)
+    assert documents(tmp_path / "out") == changed
+
+
+def test_a_finished_corpus_is_kept_and_never_overwritten_by_another(tmp_path):
+    source, out = jsonl(tmp_path / "in.jsonl", texts(30)), tmp_path / "out"
+    made = prepare([source], out, options=SMALL)
+    before = contents(out)
+    assert prepare([source], out, options=SMALL).hash() == made.hash()
+    with pytest.raises(ValueError, match="block_bytes = 512, not 600"):
+        prepare([source], out, options=SMALL._replace(block_bytes=600))
+    with pytest.raises(ValueError, match="other files"):
+        prepare([jsonl(tmp_path / "other.jsonl", texts(3))], out, options=SMALL)
+    later = out.joinpath("manifest.json").stat().st_mtime + 9
+    os.utime(source, (later, later))
+    with pytest.raises(ValueError, match="was changed after"):
+        prepare([source], out, options=SMALL)
+    assert contents(out) == before
+
+
+def test_a_small_corpus_has_blocks_for_64_lanes(tmp_path):
+    plays = [" ".join(texts(200, str(i))) for i in range(5)]
+    for name, train in (("bytes", 0), ("bpe", 400)):
+        made = prepare([jsonl(tmp_path / "in.jsonl", plays)], tmp_path / name, train=train)
+        assert sum(len(shard.blocks) for shard in made.shards) >= 64
+
+
+def test_only_documents_longer_than_a_block_are_cut(tmp_path):
+    told = ["x" * 200, "y" * 40, "z" * 3000, *texts(400)]
+    prepare([jsonl(tmp_path / "in.jsonl", told)], tmp_path / "out", options=Options(block_bytes=512))
+    corpus = Corpus(tmp_path / "out")
+    blocks = [corpus.read(0, i).pieces.tolist() for i in range(len(corpus.manifest.shards[0].blocks))]
+    assert all(sum(count for _, count in block) <= 256 for block in blocks)
+    pieces = [piece for block in blocks for piece in block]
+    lengths = [[count for n, count in pieces if n == number] for number in range(len(told))]
+    assert [sum(counts) for counts in lengths] == [len(text) + 1 for text in told]
+    assert [len(counts) for counts in lengths] == [1, 1, 12] + [1] * 400
+    assert max(lengths[2]) - min(lengths[2]) <= 1
+    rows = corpus.manifest.shards[0].blocks
+    assert rows[:, Columns.FIRST].tolist() == [block[0][0] for block in blocks]
+    assert rows[:, Columns.DOCUMENTS].tolist() == [block[-1][0] - block[0][0] + 1 for block in blocks]
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path, monkeypatch):
+    from stepladder.data import tokenizer
+
+    monkeypatch.setattr(tokenizer.Tokenizer, "vocab", 70_000, raising=False)
+    monkeypatch.setattr(tokenizer.Tokenizer, "__setattr__", lambda self, key, value: (
+        None if key == "vocab" else object.__setattr__(self, key, value)))  # fmt: skip
+    made = prepare([jsonl(tmp_path / "in.jsonl", ["abc"])], tmp_path / "out")
+    assert made.dtype == "uint32"
+    assert Corpus(tmp_path / "out").read(0, 0).tokens.dtype == np.uint32
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (b'{"text": "a"}\n{"body": "b"}\n', r"in.jsonl:2: no key 'text' \(body\)"),
+    (b'{"text": "a"}\n\n{"text": 3}\n', r"in.jsonl:3: 'text' is int, not a string"),
+    (b'{"text": "a"}\n{"text": "\xff"}\n', r"in.jsonl:2: not UTF-8"),
+    (b'{"text": "a"}\n{"text": "b"\n', r"in.jsonl:2: not JSON"),
+    (b'[1]\n', r"in.jsonl:1: no key 'text' \(it is not an object\)"),
+    (b'{"text": "\\ud800"}\n', r"in.jsonl:1: half of a surrogate pair"),
+    (b'\n{"text": ""}\n', r"no documents"),
+    (b"", r"no documents"),
+])  # fmt: skip
+def test_bad_jsonl_gets_a_sentence_with_file_and_line(tmp_path, data, message):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        prepare([source], tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_bad_inputs_get_a_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"one\ntwo\n\xffthree")
+    packed = tmp_path / "b.jsonl.zst"
+    packed.write_bytes(zstandard.compress(b'{"text": "three"}\n' * 9999)[:-9])
+    for inputs, message in (
+        ([tmp_path / "empty"], "empty: the folder holds no files"),
+        ([tmp_path / "none"], "none: no such file or folder"),
+        ([text], "a.txt:3: not UTF-8"),
+        ([packed], "b.jsonl.zst: not readable as zstd: it ends in the middle"),
+        ([], "no inputs given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(inputs, tmp_path / "out")
+    with pytest.raises(ValueError, match="exclude each other"):
+        prepare([text], tmp_path / "out", tokens="x.json", train=300)
+    with pytest.raises(ValueError, match="--workers 0"):
+        prepare([text], tmp_path / "out", workers=0)
+
+
+def test_two_runs_cannot_write_one_folder(tmp_path):
+    source = jsonl(tmp_path / "in.jsonl", texts(3))
+
+    def again(*_):
+        with pytest.raises(ValueError, match="another prepare is writing here"):
+            prepare([source], tmp_path / "out")
+        seen.append(True)
+
+    seen: list[bool] = []
+    prepare([source], tmp_path / "out", progress=again)
+    assert seen
+
+
+def test_the_programs_tell_what_they_made(tmp_path, capsys):
+    source = jsonl(tmp_path / "in.jsonl", texts(50))
+    flags = {"inputs": [str(source)], "out": str(tmp_path / "out"), "tokenizer": None, "train_tokenizer": 300,
+             "workers": 1, "name": "small", "text_key": "text", "block_bytes": None, "shard_bytes": None}  # fmt: skip
+    assert program.run(argparse.Namespace(**flags)) == 0
+    assert "50 documents" in capsys.readouterr().out
+    assert inspect.run(argparse.Namespace(shards=str(tmp_path / "out"), documents=2, verify=True)) == 0
+    shown = capsys.readouterr().out
+    assert "50, " in shown
+    assert "a0001 " + "b" * 37 in shown
+    assert "a0002" not in shown
+    assert "checksums are right" in shown
+
+
+def test_manifests_of_another_format_are_refused():
+    good = {"format": 1, "name": "a", "tokenizer": {"name": "bytes", "hash": "h", "vocab": 257, "eot": 256},
+            "dtype": "uint16", "options": {}, "inputs": [],
+            "shards": [{"file": "s.tar", "documents": 1, "tokens": 2, "text_bytes": 1, "bytes": 9, "sha256": "",
+                        "blocks": [[0, 9, 0, 0, 1, 2]]}]}  # fmt: skip
+    assert manifest.parse(json.dumps(good).encode(), "m").tokens == 2
+    for change, message in (
+        ({"format": 9}, "format 9, not 1"),
+        ({"dtype": "float"}, "dtype 'float'"),
+        ({"tokenizer": {"name": "x"}}, "tokenizer lacks"),
+        ({"shards": []}, "no documents"),
+        ({"shards": [{**good["shards"][0], "file": "a;rm -rf .tar"}]}, "not a plain file name"),
+        ({"shards": [{**good["shards"][0], "file": "../s.tar"}]}, "not a plain file name"),
+        ({"shards": [{"file": "s.tar"}]}, "not a corpus manifest"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            manifest.parse(json.dumps({**good, **change}).encode(), "m")
+    with pytest.raises(ValueError, match="not a corpus manifest"):
+        manifest.parse(b"<html>", "m")
