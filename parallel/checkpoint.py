@@ -183,7 +183,7 @@ class Store:
             self._write(*work)
 
     def finish(self) -> None:
-        """Wait for the save under way. Failures are in self.failures and were told to on_failure."""
+        """Wait for the save under way; a program that ends without this loses it. Failures are in self.failures."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -296,7 +296,7 @@ class Store:
         if problem is None:
             self.saved = step
             return
-        text = f"step {step} was not saved, the checkpoints before it are untouched: {problem}"
+        text = f"step {step} was not saved in {self.folder} ({problem}); the checkpoints before it are untouched"
         self.failures.append(text)
         self.on_failure(text)
 

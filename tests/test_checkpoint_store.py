@@ -55,6 +55,7 @@ def test_what_was_saved_is_what_is_loaded(tmp_path):
     assert store.newest() is None
     save(store, 12)
     path = store.newest()
+    assert path is not None
     assert path == tmp_path / "checkpoints" / "step-00000012"
     state = {name: torch.zeros_like(t) for name, t in tensors().items()}
     assert Store(tmp_path).load(path, state) == META | {"step": 12} == checkpoint.meta(path)
@@ -184,7 +185,8 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert told == store.failures
     assert len(told) == 1
-    assert told[0].startswith("step 2 was not saved, the checkpoints before it are untouched: rank 0: [Errno 27]")
+    assert told[0].startswith(f"step 2 was not saved in {store.folder} (rank 0: [Errno 27]")
+    assert told[0].endswith("; the checkpoints before it are untouched")
     assert step_folders(tmp_path) == ["step-00000001"]
     assert store.newest() == store.folder / "step-00000001"
     save(store, 2)
@@ -200,7 +202,8 @@ def test_the_last_n_and_every_kth_step_are_kept(tmp_path):
 
 def test_a_broken_later_checkpoint_never_pushes_out_the_sound_one(tmp_path):
     save(Store(tmp_path), 5)
-    (tmp_path / "checkpoints/step-00000005/rank-00000.bin").unlink()
+    file = tmp_path / "checkpoints/step-00000005/rank-00000.bin"
+    file.write_bytes(bytes(file.stat().st_size))  # only the checksum tells
     store = Store(tmp_path, keep_last=1)
     save(store, 3)
     save(store, 4)
@@ -208,6 +211,16 @@ def test_a_broken_later_checkpoint_never_pushes_out_the_sound_one(tmp_path):
     save(store, 5)  # the run gets there again and replaces the broken one
     assert store.newest() == store.folder / "step-00000005"
     assert step_folders(tmp_path) == ["step-00000005"]
+
+
+def test_a_broken_checkpoint_does_not_count_as_one_of_the_last(tmp_path):
+    store = Store(tmp_path, keep_last=2)
+    save(store, 1)
+    save(store, 2)
+    file = tmp_path / "checkpoints/step-00000002/rank-00000.bin"
+    file.write_bytes(file.read_bytes()[1:])
+    save(store, 3)
+    assert step_folders(tmp_path) == ["step-00000001", "step-00000003"]
 
 
 def test_a_second_program_is_refused_the_run_folder(tmp_path):
@@ -338,6 +351,9 @@ def test_undeclared_state_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match=says):
             store.save(1, state, {}, shapes=shapes)
     assert not store.folder.exists()
+    save(store, 1, {})  # nothing to write is no error, and no excuse to skip the check at the next save
+    with pytest.raises(CheckpointError, match="declared but not in the state"):
+        store.save(2, {}, {}, shapes={"w": (2, 3)})
 
 
 def test_safetensors_hold_the_model_the_config_and_the_step(tmp_path, capsys):
