@@ -8,7 +8,21 @@ import pytest
 from stepladder.data import tokenizer
 from stepladder.data.tokenizer import EOT
 
-WORDS = ["the", " ladder", " don't", "I'LL", " 12345", "\n\n  ", "\t\r\n", " naïve", "東京", "😀", "...", "<|endoftext|>", "  x"]
+WORDS = [
+    "the",
+    " ladder",
+    " don't",
+    "I'LL",
+    " 12345",
+    "\n\n  ",
+    "\t\r\n",
+    " naïve",
+    "東京",
+    "😀",
+    "...",
+    "<|endoftext|>",
+    "  x",
+]
 
 
 @pytest.fixture(scope="module")
