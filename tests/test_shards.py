@@ -105,7 +105,7 @@ def test_a_shard_that_is_missing_empty_short_or_forbidden_is_refused_at_once(cop
         with pytest.raises(ShardError, match=message):
             found.check_sizes()
     shard.unlink()
-    with pytest.raises(ShardError, match="cannot be read .No such file"):
+    with pytest.raises(ShardError, match=r"cannot be read .No such file"):
         found.check_sizes()
     with pytest.raises(ShardError, match="cannot be read"):
         found.read(1, 0)
@@ -122,8 +122,8 @@ def test_other_members_are_never_decoded_or_written(copy, tmp_path):
 
     shard = copy / "shard-00000.tar"
     before = blocks(Corpus(copy))
-    old = tarfile.open(shard)
-    with tarfile.open(tmp_path / "new.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+    new = tmp_path / "new.tar"
+    with tarfile.open(shard) as old, tarfile.open(new, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name in ("000000.pyd", "000000.pkl", "000000.pth", "../../escape", str(tmp_path / "absolute")):
             member = tarfile.TarInfo(name)
             member.size = len(pickle.dumps(Harm()))
@@ -133,7 +133,7 @@ def test_other_members_are_never_decoded_or_written(copy, tmp_path):
         tar.addfile(link)
         for member in old:
             tar.addfile(member, old.extractfile(member))
-    shard.write_bytes((tmp_path / "new.tar").read_bytes())
+    shard.write_bytes(new.read_bytes())
     assert blocks(Corpus(f"pipe:cat {copy}")) == before
     assert not (tmp_path / "harmed").exists()
     assert not (tmp_path / "absolute").exists()
@@ -157,7 +157,7 @@ def test_a_tokenizer_that_is_not_the_manifests_is_refused(copy):
     from stepladder.data import tokenizer
 
     tokenizer.train_bpe(["abc"], 300).save(copy)
-    with pytest.raises(ValueError, match="tokenizer.json: hash .* the manifest says"):
+    with pytest.raises(ValueError, match=r"tokenizer.json: hash .* the manifest says"):
         Corpus(copy).tokenizer()
 
 
