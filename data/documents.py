@@ -95,8 +95,10 @@ def _text(line: bytes, key: str, where: str) -> str:
     text = table[key]
     if not isinstance(text, str):
         raise ValueError(f"{where}: {key!r} is {type(text).__name__}, not a string")
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError(f"{where}: half of a surrogate pair, which is no character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: half of a surrogate pair, which is no character") from None
     return text
 
 

@@ -140,15 +140,17 @@ def _blocks(texts: Iterator[str], found: tokenizer.Tokenizer, limit: int, sizes:
     """
     pieces: list[tuple[int, int]] = []
     parts: list[np.ndarray] = []
+    have = 0
     for number, text in enumerate(texts):
         sizes.append(len(text.encode()))
         ids = np.append(found.encode(text), found.eot)
-        for piece in np.array_split(ids, -(-len(ids) // limit)):
-            if parts and sum(map(len, parts)) + len(piece) > limit:
+        for piece in np.array_split(ids, -(-len(ids) // limit)) if len(ids) > limit else [ids]:
+            if parts and have + len(piece) > limit:
                 yield pieces, np.concatenate(parts)
-                pieces, parts = [], []
+                pieces, parts, have = [], [], 0
             pieces.append((number, len(piece)))
             parts.append(piece)
+            have += len(piece)
     if parts:
         yield pieces, np.concatenate(parts)
 
