@@ -144,7 +144,7 @@ def _prepare(p: argparse.ArgumentParser) -> None:
     p.add_argument("inputs", metavar="INPUT", nargs="+", help="text, .jsonl, .jsonl.zst, or folders of them")
     p.add_argument("--out", metavar="DIR", required=True, help="folder for the shards and manifest.json")
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--tokenizer", metavar="FILE", help="tokenizers JSON, prepared folder, or bytes (default: bytes)")
+    which.add_argument("--tokenizer", metavar="FILE", help="tokenizers JSON, prepared folder or bytes (default: bytes)")
     which.add_argument("--train-tokenizer", metavar="VOCAB", type=_count, help="train a BPE of so many tokens on INPUT")
     p.add_argument("--text-key", metavar="KEY", help="of a JSONL object, holds the document (default: text)")
     p.add_argument("--name", help="of the corpus (default: the name of the folder)")

@@ -13,6 +13,8 @@ from stepladder.launch import toml
 from stepladder.launch.toml import ConfigError, Rule
 from stepladder.model import registry
 from stepladder.model.config import BlockConfig, ModelConfig
+from stepladder.parallel import support
+from stepladder.parallel.support import Parallel
 
 Count = Annotated[int, Rule(lambda n: n >= 1, "at least 1")]
 Natural = Annotated[int, Rule(lambda n: n >= 0, "0 or more")]
@@ -20,19 +22,6 @@ Above0 = Annotated[float, Rule(lambda x: x > 0, "above 0")]
 From0 = Annotated[float, Rule(lambda x: x >= 0, "0 or more")]
 Ratio = Annotated[float, Rule(lambda x: 0 <= x <= 1, "between 0 and 1")]
 Below1 = Annotated[float, Rule(lambda x: 0 <= x < 1, "at least 0 and below 1")]
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """The layout. Data parallelism takes what tp and pp leave over: dp = processes / (tp x pp)."""
-    tp: Count = 1                   # ranks that split every matrix
-    pp: Count = 1                   # ranks that split the depth
-    ep: Count = 1                   # ranks that split the experts, folded over dp x tp
-    dp_replicate: Count = 1         # copies of the sharded group (HSDP)
-    sequence: bool = False          # sequence parallel: between sublayers each tp rank holds its share of the tokens
-    shard: bool = True              # FSDP2 over dp; false: whole weights on every dp rank, gradients summed
-    reshard: bool = True            # free gathered weights after the forward pass, gather again for the backward
-    microbatches: Natural = 0       # pipeline micro-batches that data.rows are cut into; 0: chosen, see derived()
 
 
 @dataclass(frozen=True)
@@ -167,7 +156,6 @@ class Derived(NamedTuple):
     shards: int               # dp ranks over which FSDP splits the weights
     accumulation: int         # forward and backward passes a step
     global_rows: int          # rows a step, over all ranks
-    microbatches: int         # pipeline micro-batches a pass
     tokens: int               # of the whole run
     device: str               # "cpu" or "cuda"
     deterministic: bool
@@ -175,7 +163,7 @@ class Derived(NamedTuple):
     def __str__(self) -> str:
         copies = self.dp // self.shards
         return (f"{self.world} processes on {self.device}: dp {self.dp} ({copies} x {self.shards} shards), "
-                f"{self.global_rows} rows a step in {self.accumulation} passes of {self.microbatches} micro-batches, "
+                f"{self.global_rows} rows a step in {self.accumulation} micro-batches a rank, "
                 f"{self.tokens:,} tokens in all, {'' if self.deterministic else 'not '}deterministic")
 
 
@@ -188,22 +176,15 @@ def derived(run: Run, world_size: int) -> Derived:
         world=world_size, dp=dp, shards=dp // p.dp_replicate if p.shard else 1,
         accumulation=data.batch_tokens // (data.seq * data.rows * dp),
         global_rows=data.batch_tokens // data.seq,
-        microbatches=_microbatches(p, data.rows),
         tokens=train.steps * data.batch_tokens, device=device,
         deterministic=device == "cpu" if train.deterministic is None else train.deterministic)
 
 
-def _microbatches(p: Parallel, rows: int) -> int:
-    """Twice the stages, which leaves less than a third of the time as bubble; more where rows do not divide so."""
-    if p.pp == 1:
-        return 1
-    return p.microbatches or next((n for n in range(2 * p.pp, rows) if rows % n == 0), rows)
-
-
 def check(run: Run, world_size: int) -> None:
     """Raise ConfigError, one sentence with the way out, for what cannot run on `world_size` processes."""
-    for rule in (_device, _mesh, _tensor, _experts, _pregates, _pipeline, _sequence, _data, _batch, _schedule):
+    for rule in (_device, _mesh, _tensor, _experts, _pregates, _sequence, _data, _batch, _pipeline, _schedule):
         rule(run, world_size)
+    support.refuse(run.model, run.parallel, world_size // (run.parallel.tp * run.parallel.pp))
 
 
 def _divides(what: str, a: int, by: str, b: int, way_out: str) -> None:
@@ -279,16 +260,18 @@ def _pregates(run: Run, world: int) -> None:
 
 
 def _pipeline(run: Run, world: int) -> None:
-    p, rows = run.parallel, run.data.rows
-    if p.pp > run.model.layers:
-        raise ConfigError(f"parallel.pp = {p.pp} is more stages than model.layers = {run.model.layers}; lower it")
-    if p.pp == 1:
-        return
-    n = _microbatches(p, rows)
-    _divides("data.rows", rows, "parallel.microbatches", n, "set it to a divisor, or to 0 to have it chosen")
-    if n < p.pp:
-        raise ConfigError(f"{n} pipeline micro-batches (data.rows = {rows}) cannot fill parallel.pp = {p.pp} stages; "
-                          f"set data.rows to {2 * p.pp} and parallel.microbatches to 0, or lower parallel.pp")
+    """The micro-batches of a step, or of an evaluation, are what fills the pipeline."""
+    pp, data, train = run.parallel.pp, run.data, run.train
+    if pp > run.model.layers:
+        raise ConfigError(f"parallel.pp = {pp} is more stages than model.layers = {run.model.layers}; lower it")
+    passes = derived(run, world).accumulation
+    if passes < pp:
+        raise ConfigError(f"data.batch_tokens = {data.batch_tokens} gives a rank {passes} micro-batches of {data.rows} "
+                          f"rows, too few for parallel.pp = {pp} stages; set it to {data.batch_tokens // passes * pp} or "
+                          f"more, or lower data.rows or parallel.pp")
+    if train.eval_every and train.eval_batches < pp:
+        raise ConfigError(f"train.eval_batches = {train.eval_batches} is too few for parallel.pp = {pp} stages; "
+                          f"set it to {pp} or more")
 
 
 def _sequence(run: Run, world: int) -> None:
