@@ -1,7 +1,7 @@
 """What works with what: the one table. It checks configurations, prints the documentation, and picks the tests."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 
 from stepladder.model.config import ModelConfig
@@ -17,8 +17,12 @@ class Parallel:
     dp_replicate: int = 1          # copies of the sharded group (HSDP)
     sequence: bool = False         # the stream between sublayers is split over tp by tokens
     shard: bool = True             # FSDP2 over dp; false: gradients are all-reduced and every rank holds everything
-    reshard: bool = True           # free gathered weights after the forward pass
-    microbatches: int = field(default=0)   # pipeline micro-batches a step; 0: all of a rank's rows, one by one
+    reshard: bool = True           # free gathered weights after the forward pass, gather again for the backward
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "ep", "dp_replicate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
 
     def features(self, dp: int) -> frozenset[str]:
         """The names of what this layout uses, as they stand in LAYOUTS."""

@@ -1,0 +1,298 @@
+"""stepladder train: batches in, checkpoints and a log out. The step itself is `train_step`."""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import resource
+import signal
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stepladder.data import loader as data
+from stepladder.launch import config, world
+from stepladder.launch.log import Log
+from stepladder.model.context import borders
+from stepladder.model.decoder import flops, parameters
+from stepladder.parallel import checkpoint
+from stepladder.parallel.build import Parts, build
+from stepladder.parallel.checkpoint import CheckpointError, Lock, Store
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.optimizer import Optimizer, Report
+from stepladder.parallel.pipeline import Micro
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16 FLOP/s of the datasheets
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; what was saved is intact."""
+
+
+def train_step(parts: Parts, optimizer: Optimizer, batches: list[data.Batch], lr: float, asked: bool) -> Report:
+    """One optimizer step over this rank's micro-batches. Nothing here waits for the device."""
+    result = parts.pipe([micro(b, parts.mesh.device) for b in batches])
+    parts.sums()
+    return optimizer.step(result, lr, float(asked))
+
+
+def micro(b: data.Batch, device: torch.device) -> Micro:
+    on_gpu = device.type == "cuda"
+    return Micro(b.tokens, b.targets, b.start, borders(b.start) if on_gpu else None).to(device)
+
+
+def lr_at(step: int, o: config.Optimizer, steps: int) -> float:
+    """Learning rate of step 1, 2, ...: linear warm-up, then cosine to the end, or flat with a linear end (wsd)."""
+    low = o.lr * o.min_lr_ratio
+    if step <= o.warmup_steps:
+        return o.lr * step / o.warmup_steps
+    if o.schedule == "wsd":
+        left = steps - step
+        return o.lr if left >= o.decay_steps else low + (o.lr - low) * left / o.decay_steps
+    done = (step - o.warmup_steps) / max(1, steps - o.warmup_steps)
+    return low + (o.lr - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+class Trainer:
+    """A run on this rank: everything that lives from the first step to the last."""
+
+    def __init__(self, run: config.Run, folder: Path, w: world.World, resume: str):
+        self.run, self.folder, self.world = run, folder, w
+        self.plan = config.derived(run, w.size)
+        self.device = w.device(self.plan.device)
+        _numerics(self.plan, run.train.dtype)
+        self.mesh = Mesh(run.parallel, self.device, w.rank, w.size)
+        self.store = Store(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every,
+                           background=run.checkpoint.background, on_failure=self._tell, note=self._tell)
+        self.log: Log | None = None
+        start = self._choose(resume)
+        meta = checkpoint.meta(start) if start is not None else {}
+        if meta:
+            saved = tomllib.loads(meta["config"])
+            checkpoint.refuse_mismatch({"model": saved["model"]}, {"model": _table(run)["model"]})
+        self.loader = self._loader(meta.get("cursor"))
+        if meta:
+            checkpoint.refuse_mismatch({"data manifest": meta["manifest"]}, {"data manifest": self.loader.manifest_hash})
+        self.parts = build(run.model, self.mesh, seed=run.train.seed, dtype=DTYPES[run.train.dtype],
+                           recompute=run.train.recompute, compiled=run.train.compile)
+        o = run.optimizer
+        self.optimizer = Optimizer(self.parts, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, clip=run.train.clip)
+        self.at, self.tokens = meta.get("step", 0), meta.get("tokens", 0)
+        if start is not None:
+            self.store.load(start, self.optimizer.state())
+            self.optimizer.loaded()
+        self.log = Log(folder, main=w.main, total_steps=run.train.steps, step=self.at, every=run.train.log_every)
+        self.flops = 3 * flops(run.model, run.data.seq)
+        self.peak = _peak(self.device) * w.size
+        self.stop = _Stop()
+        self._introduce(start)
+
+    def _choose(self, resume: str) -> Path | None:
+        newest = self.store.newest() if resume != "never" else None
+        if newest is None and resume == "must":
+            raise CheckpointError(f"{self.folder} has no checkpoint to resume from; drop --resume must to start afresh")
+        if resume == "never" and self.store.newest() is not None:
+            raise CheckpointError(f"{self.folder} holds checkpoints already; give another folder with --run, "
+                                  "or resume with --resume auto")
+        return newest
+
+    def _loader(self, cursor: dict[str, Any] | None, split: str = "train") -> data.Loader:
+        d, m = self.run.data, self.mesh
+        return data.Loader([data.Source(name, s.shards, s.weight) for name, s in d.sources.items()], seq=d.seq,
+                           rows=d.rows, lanes=d.lanes, seed=self.run.train.seed, dp_rank=m.dp_rank, dp_size=m.dp,
+                           split=split, heldout=d.heldout, cursor=cursor, workers=d.workers if split == "train" else 0,
+                           prefetch=d.prefetch, pin=self.device.type == "cuda", on_error=d.on_error,
+                           vocab=self.run.model.vocab)
+
+    def _tell(self, text: str) -> None:
+        if self.log is not None:
+            self.log.note(text)
+        elif self.world.main:
+            print(text, flush=True)
+
+    def _introduce(self, start: Path | None) -> None:
+        total, active = parameters(self.run.model)
+        self._tell(f"{self.mesh!r}, told by {self.world.launcher}")
+        self._tell(f"{self.plan}")
+        self._tell(f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them for each token, "
+                   f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
+        self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
+
+    def steps(self, now: int | None) -> None:
+        """Train to the end, or `now` more steps."""
+        end = self.run.train.steps if now is None else min(self.run.train.steps, self.at + now)
+        waiting: _Late | None = None
+        while self.at < end:
+            batches = [next(self.loader) for _ in range(self.plan.accumulation)]
+            self.at += 1
+            self.cursor = batches[-1].cursor
+            self.tokens += self.run.data.batch_tokens
+            lr = lr_at(self.at, self.run.optimizer, self.run.train.steps)
+            report = train_step(self.parts, self.optimizer, batches, lr, self.stop.asked)
+            late = _Late(self.at, self.tokens, lr, report, self.loader)
+            # A step is read when the next has been queued, so that the device never waits for the log.
+            stop = waiting is not None and self._record(waiting)
+            waiting = late
+            c, t = self.run.checkpoint, self.run.train
+            if t.eval_every and (self.at % t.eval_every == 0 or self.at == end):
+                late.heldout = self.evaluate()
+            if stop or self.at == end or (c.every and self.at % c.every == 0):
+                stop = self._record(waiting) or stop
+                waiting = None
+                self.save()
+            if stop:
+                break
+        self.store.finish()
+
+    def save(self) -> None:
+        cursors = self.store.ranks.gather(self.cursor)
+        mesh, whole = self.mesh, {}
+        if cursors:
+            whole = data.merge([cursors[d * mesh.tp] for d in range(mesh.dp)])
+        meta = {"config": config.dump(self.run), "manifest": self.loader.manifest_hash, "step": self.at, "tokens": self.tokens, "cursor": whole}
+        self.store.save(self.at, self.optimizer.state(), meta, shapes=self.optimizer.shapes())
+
+    def evaluate(self) -> float:
+        """Mean negative log-likelihood of the first held-out rows, the same ones every time."""
+        rows = self._loader(None, "heldout")
+        with contextlib.closing(rows):
+            micros = [micro(next(rows), self.device) for _ in range(self.run.train.eval_batches)]
+            result = self.parts.pipe(micros, train=False)
+        sums = torch.stack([result.nll.double(), result.count.double()]) / self.mesh.tp
+        if not self.mesh.alone:
+            dist.all_reduce(sums)
+        nll, count = sums.tolist()
+        return nll / max(1.0, count)
+
+    def _record(self, late: _Late) -> bool:
+        """Log a step; whether to stop after the one under way."""
+        assert self.log is not None
+        r, t, took = late.read()
+        load = [float(x.max() / x.mean().clamp_min(1e-9)) for x in r.load]
+        speed = self.run.data.batch_tokens / took
+        record = {"step": late.step, "loss": float(r.nll), "tokens": late.tokens, "lr": late.lr, "grad_norm": float(r.norm),
+                  "tokens_per_s": speed, "mfu": speed * self.flops / self.peak if self.peak else None,
+                  "memory_gib": _memory(self.device), "data_wait": t / took, "load": load,
+                  "entropy": r.entropy.tolist(), "balance": r.balance.tolist(), "skipped": int(r.skipped)}
+        if late.heldout is not None:
+            record["eval_loss"] = late.heldout
+        if self.loader.skipped:
+            record["skipped_shards"] = self.loader.skipped
+        self.log.step(record)
+        if int(r.streak) >= self.run.train.max_skipped:
+            raise TrainingError(f"{int(r.streak)} steps in a row had a gradient that is not finite, the last one step "
+                                f"{late.step}; the data then stood at {self.cursor}; resume from the last checkpoint "
+                                f"with a lower optimizer.lr, or raise train.max_skipped")
+        return float(r.asked) > 0
+
+
+class _Late:
+    """A step's report on its way to the host."""
+    last = 0.0           # when the step before was recorded
+    waited = 0.0         # what the loader's clock said then
+
+    def __init__(self, step: int, tokens: int, lr: float, report: Report, loader: data.Loader):
+        self.step, self.tokens, self.lr, self.loader = step, tokens, lr, loader
+        self.heldout: float | None = None
+        gpu = report.loss.is_cuda
+        self.report = Report(*(x.to("cpu", non_blocking=True) for x in report))
+        self.arrived = torch.cuda.Event() if gpu else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> tuple[Report, float, float]:
+        """The report, seconds waited for data and seconds since the step before."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        now, waited = time.perf_counter(), self.loader.waited
+        took, wait = now - _Late.last, waited - _Late.waited
+        _Late.last, _Late.waited = now, waited
+        return self.report, max(0.0, wait), took
+
+
+class _Stop:
+    """TERM and USR1 ask for a checkpoint and an end; every rank learns it with the next report."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            with contextlib.suppress(ValueError):          # not in the main thread: a test
+                signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+def _numerics(plan: config.Derived, dtype: str) -> None:
+    if plan.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False     # poison is for tests; it costs a pass each
+    if dtype == "bf16":
+        torch.set_float32_matmul_precision("high")                      # what stays fp32 there is small, or a state
+
+
+def _table(run: config.Run) -> dict[str, Any]:
+    """The resolved run as a checkpoint holds it."""
+    return tomllib.loads(config.dump(run))
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cpu":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK.items() if key in name), 0.0)
+
+
+def _memory(device: torch.device) -> float:
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**30
+
+
+@contextlib.contextmanager
+def _profiled(on: bool, folder: Path, rank: int) -> Iterator[None]:
+    """Write a trace of everything inside, for chrome://tracing or TensorBoard."""
+    if not on:
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    profile.export_chrome_trace(str(folder / f"trace-rank{rank}.json.gz"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The program: `stepladder train`."""
+    w = world.find()
+    chosen = config.load(args.config, args.overrides)
+    config.check(chosen, w.size)
+    folder = Path(args.run or Path("runs") / Path(args.config).stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with Lock(folder) if w.main else contextlib.nullcontext():
+        w.connect(w.device(config.derived(chosen, w.size).device))
+        trainer = Trainer(chosen, folder, w, args.resume)
+        try:
+            (folder / "config.toml").write_text(config.dump(chosen)) if w.main else None
+            _Late.last, _Late.waited = time.perf_counter(), 0.0
+            with _profiled(args.profile, folder, w.rank):
+                trainer.steps(args.steps_now)
+        finally:
+            trainer.loader.close()
+            assert trainer.log is not None
+            trainer.log.close()
+        if w.main:
+            print(f"step {trainer.at} of {chosen.train.steps}, {trainer.tokens:,} tokens, "
+                  f"{time.perf_counter() - began:.0f} s; {folder}", flush=True)
+    if dist.is_initialized() and w.launcher != "given":
+        dist.destroy_process_group()
+    return 0
+
+

@@ -1,0 +1,140 @@
+"""AdamW on this rank's pieces: one global norm over every mesh, one division by the token count, no host sync."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stepladder.model.channel.moe import Mixer as MoE
+from stepladder.model.decoder import blocks
+from stepladder.parallel.build import Parts
+from stepladder.parallel.pipeline import Result
+from stepladder.parallel.shard import local
+
+
+class Report(NamedTuple):
+    """A step, equal on every rank and still on the device. Means are per target token, losses in nats."""
+    loss: Tensor          # () with auxiliary losses of the head, without the routers'
+    nll: Tensor           # ()
+    count: Tensor         # () targets of the global batch
+    norm: Tensor          # () of the gradient of the mean loss, before clipping
+    load: Tensor          # (M, E) tokens each expert of each MoE layer got
+    entropy: Tensor       # (M,) mean entropy of each router's distribution, nats
+    balance: Tensor       # (M,) mean balance loss
+    asked: Tensor         # () above 0 if a rank wants to stop
+    skipped: Tensor       # () steps skipped so far
+    streak: Tensor        # () of them in a row, up to now
+
+
+class Optimizer:
+    """Fused AdamW (arXiv:1711.05101). A step whose gradient is not finite changes nothing and is counted."""
+
+    def __init__(self, parts: Parts, *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+                 weight_decay: float = 0.1, clip: float = 1.0):
+        self.parts, self.clip = parts, clip
+        self.params = {name: p for name, p in parts.parameters().items() if p.requires_grad}
+        # FSDP's DTensors and plain pieces do not mix in one fused call: optimise the local pieces of both.
+        with torch.no_grad():
+            self.pieces = {name: nn.Parameter(local(p)) for name, p in self.params.items()}
+        decay = {True: weight_decay, False: 0.0}                 # norms, biases and decays are one-dimensional
+        groups = [{"params": [p for n, p in self.pieces.items() if (len(parts.decls[n].shape) > 1) is big],
+                   "weight_decay": decay[big]} for big in (True, False)]
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self.steps = torch.zeros((), device=parts.mesh.device)   # what every parameter's own count is
+        for p in self.pieces.values():
+            self.adam.state[p] = {"step": self.steps.clone(), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self.skipped, self.streak = (torch.zeros((), device=parts.mesh.device) for _ in range(2))
+        self.moe = {int(name): b.channel for name, b in zip(parts.decoder.blocks, blocks(parts.decoder), strict=True)
+                    if isinstance(b.channel, MoE)}
+        # Pieces that several ranks hold count once in the global norm.
+        self.once = torch.tensor([1 / parts.copies(name) for name in self.params], device=parts.mesh.device)
+        kinds = parts.decoder.cfg.kinds()
+        self.routed = [i for i, b in enumerate(kinds) if b.channel.kind == "moe"]
+        self.experts = max((kinds[i].channel.experts for i in self.routed), default=0)
+        self.top_k = torch.tensor([float(kinds[i].channel.top_k) for i in self.routed], device=parts.mesh.device)
+
+    @torch.no_grad()
+    def step(self, result: Result, lr: float, asked: float = 0.0) -> Report:
+        """Clip, update, forget the gradients. Call after the gradient sums; every rank of the world calls it.
+
+        asked: above 0 on a rank that wants the run to stop; the report tells all ranks so, in the same step.
+        """
+        report = self._report(result, asked)
+        bad = (~report.norm.isfinite()).float()
+        self.skipped += bad
+        self.steps += 1 - bad
+        self.streak.add_(1).mul_(bad)
+        scale = report.count.to(report.norm.dtype)
+        if self.clip:
+            scale = scale * (report.norm / self.clip).clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
+        for name, p in self.params.items():
+            assert p.grad is not None, name
+            self.pieces[name].grad = local(p.grad)
+            p.grad = None
+        if scale.dtype == torch.float64:       # the fused kernel divides in fp32: parity tests want all digits
+            torch._foreach_div_([p.grad for p in self.pieces.values()], scale)
+            self.adam.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            self.adam.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
+        self.adam.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad()
+        for layer, mixer in self.moe.items():
+            if mixer.spec.bias_rate:
+                mixer.rebalance(report.load[self.routed.index(layer)][:mixer.spec.experts])
+        return report._replace(skipped=self.skipped.clone(), streak=self.streak.clone())
+
+    @torch.no_grad()
+    def _report(self, result: Result, asked: float) -> Report:
+        """One sum over the world of everything that has to be known of the step."""
+        parts, mesh = self.parts, self.parts.mesh
+        grads = []
+        for name, p in self.params.items():
+            assert p.grad is not None, name
+            grads.append(local(p.grad))
+        squares = torch.stack(torch._foreach_norm(grads)).square()
+        M, E = len(self.routed), self.experts
+        kind = squares.dtype
+        layers = torch.zeros(M, E + 2, dtype=kind, device=mesh.device)
+        for layer, s in zip(self.moe, result.stats, strict=True):
+            row = layers[self.routed.index(layer)]
+            row[:s.load.shape[0]], row[E], row[E + 1] = s.load.to(kind), s.entropy.to(kind), s.balance.to(kind)
+        one = torch.stack([x.to(kind) for x in (result.loss, result.nll, result.count)]) / mesh.tp
+        stop = torch.full_like(one[:1], asked)
+        sums = torch.cat([(squares * self.once.to(kind)).sum().view(1), one, stop, layers.flatten()])
+        if not mesh.alone:
+            dist.all_reduce(sums)
+        square, loss, nll, count, stop = sums[:5].unbind()
+        count = count.clamp_min(1.0)
+        layers = sums[5:].view(M, E + 2)
+        tokens = (layers[:, :E].sum(1) / self.top_k).clamp_min(1.0)
+        return Report(loss / count, nll / count, count, square.sqrt() / count, layers[:, :E], layers[:, E] / tokens,
+                      layers[:, E + 1] / tokens, stop, self.skipped, self.streak)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds of model and optimizer, labelled; sharing memory, so that loading fills it."""
+        out: dict[str, Tensor] = {}
+        for name, p in self.parts.parameters().items():
+            out[f"model/{name}"] = self.parts.label(name, p.detach())
+        for name, p in self.pieces.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                out[f"optimizer/{key}/{name}"] = self.parts.label(name, self.adam.state[p][key])
+        out["optimizer/step"] = self.steps
+        out["optimizer/skipped"] = self.skipped
+        out["optimizer/streak"] = self.streak
+        return out
+
+    def loaded(self) -> None:
+        """After state() has been filled from a checkpoint."""
+        for state in self.adam.state.values():
+            state["step"].copy_(self.steps)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> declared shape of everything state() holds."""
+        return {key: self.parts.decls[name].shape if (name := key.rpartition("/")[2]) in self.parts.decls else ()
+                for key in self.state()}
+
