@@ -267,8 +267,8 @@ def _pipeline(run: Run, world: int) -> None:
     passes = derived(run, world).accumulation
     if passes < pp:
         raise ConfigError(f"data.batch_tokens = {data.batch_tokens} gives a rank {passes} micro-batches of {data.rows} "
-                          f"rows, too few for parallel.pp = {pp} stages; set it to {data.batch_tokens // passes * pp} or "
-                          f"more, or lower data.rows or parallel.pp")
+                          f"rows, too few for parallel.pp = {pp} stages; set it to {data.batch_tokens // passes * pp}, "
+                          f"or lower data.rows or parallel.pp")
     if train.eval_every and train.eval_batches < pp:
         raise ConfigError(f"train.eval_batches = {train.eval_batches} is too few for parallel.pp = {pp} stages; "
                           f"set it to {pp} or more")
