@@ -93,6 +93,7 @@ class Head(Leaf):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.first, self.z_loss = 0, cfg.z_loss
+        self.compiled = False
         if not cfg.tied:
             self.weight("table", cfg.vocab, cfg.width, tp=0, init=normal(cfg.std))
 
@@ -101,7 +102,7 @@ class Head(Leaf):
         if targets is None:
             return (linear(x, table),)
         return cross_entropy(x.flatten(0, 1), table, targets.flatten(), first=self.first, z_loss=self.z_loss,
-                             total=self.comm.total, highest=self.comm.highest)
+                             total=self.comm.total, highest=self.comm.highest, compiled=self.compiled)
 
 
 class Decoder(nn.Module):

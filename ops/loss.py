@@ -18,55 +18,64 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor, targets: Tensor, first: int, z_loss: float, chunk: int,
-                total: Reduce, highest: Reduce) -> tuple[Tensor, Tensor]:
+                total: Reduce, highest: Reduce, compiled: bool) -> tuple[Tensor, Tensor]:
+        statistics, gradient = (_compiled_statistics, _compiled_gradient) if compiled else (_statistics, _gradient)
         w = table.to(x.dtype)
-        grad = x.requires_grad or table.requires_grad
-        dx = torch.empty_like(x) if grad else x.new_empty(0)
-        dw = torch.zeros(table.shape, dtype=promote(table).dtype, device=x.device) if grad else x.new_empty(0)
+        learn = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dx = torch.empty_like(x) if learn else x.new_empty(0)
+        dw = torch.zeros(table.shape, dtype=promote(table).dtype, device=x.device) if learn else x.new_empty(0)
         loss = x.new_zeros((), dtype=promote(x).dtype)
         nll = torch.zeros_like(loss)
         for at in range(0, x.shape[0], chunk):
             xs, t = x[at:at + chunk], targets[at:at + chunk]
-            parts = _chunk(xs @ w.t(), t, first, w.shape[0], z_loss, total, highest)
-            loss, nll = loss + parts[0], nll + parts[1]
-            if grad:
-                d = parts[2].to(x.dtype)
+            logits = xs @ w.t()
+            top, norm, hit = statistics(logits, t - first)
+            best = highest(top)
+            norm = total(norm * (top - best).exp())            # over the whole vocabulary
+            lse, live = best + norm.log(), (t != IGNORE).to(norm.dtype)
+            nll += ((lse - total(hit)) * live).sum()
+            loss += z_loss * (lse.square() * live).sum()
+            if learn:
+                d = gradient(logits, t - first, lse, live, z_loss)
                 torch.mm(d, w, out=dx[at:at + chunk])
                 dw += d.t() @ xs
         ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(nll)
-        return loss, nll
+        return loss + nll, nll
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         dx, dw = ctx.saved_tensors
-        return (g * dx).to(dx.dtype), (g * dw).to(dw.dtype), None, None, None, None, None, None
+        return (g * dx).to(dx.dtype), (g * dw).to(dw.dtype), *[None] * 7
 
 
-def _chunk(logits: Tensor, targets: Tensor, first: int, size: int, z_loss: float,
-           total: Reduce, highest: Reduce) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of losses, sum of plain negative log-likelihoods, and d loss / d logits of one chunk, all in fp32."""
+def _statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's (N,) maximum, sum of exp below it, and target logit (0 where another rank has it), in fp32."""
     z = promote(logits)
-    top = highest(z.amax(-1, keepdim=True))
-    e = (z - top).exp()
-    norm = total(e.sum(-1, keepdim=True))                          # (N, 1) over the whole vocabulary
-    lse = top + norm.log()
-    local = targets - first
-    here = ((local >= 0) & (local < size)).unsqueeze(-1)
-    at = local.clamp(0, size - 1).unsqueeze(-1)
-    hit = total(torch.where(here, z.gather(-1, at), 0.0))
-    live = (targets != IGNORE).unsqueeze(-1).to(z.dtype)
-    nll = ((lse - hit) * live).sum()
-    loss = nll + z_loss * (lse.square() * live).sum()
-    d = e * ((1 + 2 * z_loss * lse) * live / norm)
-    return loss, nll, d.scatter_add(-1, at, -(here * live).to(z.dtype))
+    top = z.amax(-1)
+    here = (local >= 0) & (local < z.shape[-1])
+    hit = z.gather(-1, local.clamp(0, z.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    return top, (z - top.unsqueeze(-1)).exp().sum(-1), torch.where(here, hit, 0.0)
+
+
+def _gradient(logits: Tensor, local: Tensor, lse: Tensor, live: Tensor, z_loss: float) -> Tensor:
+    """d loss / d logits (N, V), in the logits' dtype. By comparison, not scatter: one pass when compiled."""
+    p = (promote(logits) - lse.unsqueeze(-1)).exp()
+    hit = torch.arange(logits.shape[-1], device=logits.device) == local.unsqueeze(-1)
+    return (live.unsqueeze(-1) * (p * (1 + 2 * z_loss * lse).unsqueeze(-1) - hit.to(p.dtype))).to(logits.dtype)
+
+
+_compiled_statistics = torch.compile(_statistics)
+_compiled_gradient = torch.compile(_gradient)
 
 
 def cross_entropy(x: Tensor, table: Tensor, targets: Tensor, *, first: int = 0, z_loss: float = 0.0, chunk: int = 4096,
-                  total: Reduce = lambda v: v, highest: Reduce = lambda v: v) -> tuple[Tensor, Tensor]:
+                  total: Reduce = lambda v: v, highest: Reduce = lambda v: v,
+                  compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Sums over tokens of (cross entropy + z_loss * logsumexp^2) and of the cross entropy alone; divide by the count.
 
     x (N, D); table (V, D), or the rows `first`..`first + V` of it, with `total` and `highest` reducing over the ranks
     that hold the others; targets (N,) int64 ids of the whole vocabulary, IGNORE where there is nothing to learn.
     """
-    return _CrossEntropy.apply(x, table, targets, first, z_loss, chunk, total, highest)  # pyright: ignore
+    return _CrossEntropy.apply(  # pyright: ignore[reportReturnType]
+        x, table, targets, first, z_loss, chunk, total, highest, compiled)

@@ -55,9 +55,12 @@ def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch
     for block in blocks(decoder):
         block.recompute = recompute in ("token", "both"), recompute in ("channel", "both")
         if compiled:
-            block.token.compile()
-            if not isinstance(block.channel, MoE):       # its rows are counted on the way: nothing to gain, breaks
-                block.channel.compile()
+            for part in (block.norm1, block.norm2, block.token, block.channel):
+                if not isinstance(part, MoE):            # its products are three grouped calls already
+                    part.compile()
+    if compiled and decoder.head is not None and decoder.norm is not None:
+        decoder.norm.compile()
+        decoder.head.compiled = True
     stage = Stage(decoder)
     sharded = wrap(stage, decoder, mesh, dtype)
     return Parts(mesh, decoder, Pipe(stage, mesh), Sums(decoder, mesh, sharded), decls, sharded)

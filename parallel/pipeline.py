@@ -19,7 +19,7 @@ class Micro(NamedTuple):
     """What one pass through the model needs of a micro-batch; equal on every tp and pp rank."""
     tokens: Tensor                  # (B, T) int64
     targets: Tensor                 # (B, T) int64
-    start: Tensor                   # (B, T) bool
+    start: Tensor | None            # (B, T) bool; None: every row is one document
     borders: Tensor | None = None   # int32, see model/context.py
 
     def to(self, device: torch.device) -> Micro:
@@ -60,9 +60,11 @@ class Stage(nn.Module):
         self.first, self.last = decoder.span.start == 0, decoder.span.stop == decoder.cfg.layers
         self.passes: list[tuple[Tensor, tuple[Stats, ...]]] = []      # what each forward since take() left beside its output
 
-    def forward(self, *carried: Tensor, targets: Tensor, start: Tensor, borders: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, *carried: Tensor, targets: Tensor, start: Tensor | None = None,
+                borders: Tensor | None = None) -> tuple[Tensor, ...]:
         """tokens, or (h, late, *routes) of the stage before -> the same for the next stage, or (loss sum (1,),)."""
-        ctx = Context.packed(start, None if borders is None else borders.flatten())
+        ctx = Context.plain(*targets.shape, targets.device) if start is None else Context.packed(
+            start, None if borders is None else borders.flatten())
         x = carried[0] if self.first else Stream(carried[0], (Ready(carried[1]),), carried[2:])
         s = self.decoder(x, ctx)
         if not self.last:
@@ -108,10 +110,12 @@ class Pipe:
 
     def _pipelined(self, micros: Sequence[Micro], train: bool) -> Tensor:
         schedule = self._schedule(micros, train)
-        tokens, targets, start = (torch.cat([m[i] for m in micros]) for i in range(3))
-        rows = {"targets": targets, "start": start}
-        if micros[0].borders is not None:
-            rows["borders"] = torch.stack([m.borders for m in micros if m.borders is not None])
+        tokens, targets = torch.cat([m.tokens for m in micros]), torch.cat([m.targets for m in micros])
+        rows = {"targets": targets}
+        if (starts := [m.start for m in micros if m.start is not None]):
+            rows["start"] = torch.cat(starts)
+        if (offsets := [m.borders for m in micros if m.borders is not None]):
+            rows["borders"] = torch.stack(offsets)
         losses: list[Tensor] = []
         run = schedule.step if train else schedule.eval
         args = (tokens,) if self.stage.first else ()
