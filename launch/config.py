@@ -116,11 +116,10 @@ def _override(table: dict[str, Any], text: str) -> None:
 def _bare(raw: str) -> Any:
     """`raw` as TOML, or as a string where it is none: dtype=bf16 and shards=/data/x need no quotes."""
     try:
-        table = tomllib.loads(f"value = {raw}")
+        value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         return raw
-    plain = isinstance(table["value"], bool | int | float | str | list | dict)    # else a date: no key takes one
-    return table["value"] if plain and len(table) == 1 else raw
+    return value if isinstance(value, bool | int | float | str | list | dict) else raw    # a date: no key takes one
 
 
 def parse(table: dict[str, Any]) -> Run:

@@ -250,6 +250,13 @@ def test_unused_blocks_are_not_checked():
     config.check(parsed(**TP2 | DENSE | {"model.blocks.gla.token.heads": 3}), 2)
 
 
+@pytest.mark.parametrize(("changes", "shards"), [
+    ({}, 4), ({"parallel.dp_replicate": 2}, 2), ({"parallel.shard": False}, 1)])
+def test_shards_follow_from_the_copies(changes, shards):
+    plan = config.derived(parsed(**changes | {"data.lanes": 4}), 4)
+    assert (plan.dp, plan.shards) == (4, shards)
+
+
 def test_determinism_is_the_cpu_default_only(monkeypatch):
     monkeypatch.setattr(config.torch.cuda, "is_available", lambda: False)
     assert config.derived(parsed(), 1).deterministic

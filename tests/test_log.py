@@ -17,8 +17,8 @@ from stepladder.launch.log import Log
 
 def record(step: int, **more: object) -> dict:
     return {"step": step, "loss": 3.14159, "tokens": step * 4096, "lr": 3e-4, "grad_norm": 0.805,
-            "tokens_per_s": 65_900.0, "mfu": 0.412, "memory_gib": 41.2, "data_wait": 0.001, "load": [1.2, 1.31], "entropy": [1.9, 2.0],
-            "skipped": 0} | more
+            "tokens_per_s": 65_900.0, "mfu": 0.412, "memory_gib": 41.2, "data_wait": 0.001, "load": [1.2, 1.31],
+            "entropy": [1.9, 2.0], "skipped": 0} | more
 
 
 def logged(run: Path, steps: range, start: int = 0, **more: object) -> Log:
@@ -55,10 +55,17 @@ def test_a_new_run_drops_the_records_of_an_old_one(tmp_path):
     assert "resumed" not in lines(tmp_path)[0]
 
 
-def test_a_torn_line_is_dropped_on_resume(tmp_path):
+def test_tensorboard_forgets_what_came_after_the_resumed_step(tmp_path):
+    logged(tmp_path, range(1, 8)).close()
+    logged(tmp_path, range(4, 5), start=3).close()
+    assert list(scalars(tmp_path, "loss/train")) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4, "loss": 2.0}', "null\n"])
+def test_a_torn_line_is_dropped_on_resume(tmp_path, torn):
     logged(tmp_path, range(1, 4)).close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
+        file.write(torn)
     logged(tmp_path, range(4, 5), start=4).close()
     assert [r["step"] for r in lines(tmp_path)] == [1, 2, 3, 4]
 
@@ -178,6 +185,7 @@ def test_the_plot_shows_runs_and_marks_resumes(tmp_path, monkeypatch):
 def test_the_smoothed_loss_does_not_lag_and_skips_gaps():
     line = [float(i) for i in range(400)]
     assert plot._smoothed(line)[10:-10] == pytest.approx(line[10:-10])
+    assert plot._smoothed([2.0] * 60) == pytest.approx(2.0)
     line[200] = math.nan
     assert plot._smoothed(line)[200] == pytest.approx(200)
 
