@@ -35,8 +35,9 @@ class Log:
         self.main, self.total, self.every = main, total_steps, every
         self.tty = main and sys.stdout.isatty()
         self.resumed = step > 0
-        self.full = False                                                        # the disk was, at the last record
-        self.seen: deque[tuple[int, float]] = deque(maxlen=50)                   # (step, time), for the ETA
+        self.full = False                                          # the disk was, at the last record
+        self.open = False                                          # the cursor stands behind a progress line
+        self.seen: deque[tuple[int, float]] = deque(maxlen=50)     # (step, time), for the time left
         self.board = None
         if not main:
             return
@@ -69,7 +70,7 @@ class Log:
         """Flush everything; the log is done."""
         if not self.main:
             return
-        if self.tty and self.seen:
+        if self.open:
             print(flush=True)    # keep the last progress line
         try:
             self.file.close()
@@ -96,7 +97,7 @@ class Log:
         self.seen.append((step, time.monotonic()))
         if not (self.tty or kept or step % self.every == 0 or step == self.total or len(self.seen) == 1):
             return
-        text = "  ".join([f"{step:>{len(str(self.total))}}/{self.total}", *_parts(record), f"eta {self._eta()}"])
+        text = "  ".join([f"{step:>{len(str(self.total))}}/{self.total}", f"{self._eta():>5} left", *_parts(record)])
         if not self.tty:
             print(text, flush=True)
             return
@@ -104,9 +105,10 @@ class Log:
         bar = f"[{'#' * done}{'.' * (20 - done)}] "
         text = bar + text if len(bar) + len(text) < columns else text[:columns - 1]
         print(f"\r{text}\x1b[K", end="\n" if kept else "", flush=True)
+        self.open = not kept
 
     def _eta(self) -> str:
-        """Hours, minutes and seconds left, from the last fifty records."""
+        """Hours, minutes and seconds, from the last fifty records."""
         (first, began), (last, now) = self.seen[0], self.seen[-1]
         if last == first:
             return "-:--"

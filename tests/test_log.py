@@ -89,15 +89,15 @@ def test_numbers_that_json_lacks_become_null(tmp_path, capsys):
 
 def test_the_console_line_can_be_read(tmp_path, capsys):
     logged(tmp_path, range(1, 2)).close()
-    assert capsys.readouterr().out == ("  1/100  loss 3.1416  grad 0.81  65.9k tok/s  MFU 41.2%  wait 0.1%  load 1.31  "
-                                       "eta -:--\n")
+    assert capsys.readouterr().out == ("  1/100   -:-- left  loss 3.1416  grad 0.81  65.9k tok/s  MFU 41.2%  wait 0.1%  "
+                                       "load 1.31\n")
 
 
-def test_the_eta_follows_the_last_steps(tmp_path, capsys, monkeypatch):
+def test_the_time_left_follows_the_last_steps(tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 10_000, 60))
     monkeypatch.setattr(log.time, "monotonic", lambda: next(clock))
     logged(tmp_path, range(1, 5)).close()
-    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert shown == ["-:--", "1:38:00", "1:37:00", "1:36:00"]
 
 
@@ -118,9 +118,17 @@ def test_a_terminal_gets_one_line_with_a_bar(tmp_path, capsys, monkeypatch):
     out.note("saved")
     out.close()
     text = capsys.readouterr().out
-    assert text.startswith("\r[##########..........]  50/100  loss 3.1416")
+    assert text.startswith("\r[##########..........]  50/100   -:-- left  loss 3.1416")
     assert text.count("\n") == 2    # after the note and at the end
     assert "\r\x1b[Ksaved\n" in text
+
+
+def test_a_heldout_line_stays_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(log.sys.stdout, "isatty", lambda: True)
+    logged(tmp_path, range(1, 3), eval_loss=3.0).close()
+    text = capsys.readouterr().out
+    assert text.count("\n") == 2
+    assert text.endswith("\x1b[K\n")
 
 
 def test_a_narrow_terminal_is_never_wrapped(tmp_path, capsys, monkeypatch):
