@@ -89,8 +89,8 @@ def test_numbers_that_json_lacks_become_null(tmp_path, capsys):
 
 def test_the_console_line_can_be_read(tmp_path, capsys):
     logged(tmp_path, range(1, 2)).close()
-    assert capsys.readouterr().out == ("  1/100   -:-- left  loss 3.1416  grad 0.81  65.9k tok/s  MFU 41.2%  wait 0.1%  "
-                                       "load 1.31\n")
+    assert capsys.readouterr().out == ("  1/100   -:-- left  loss 3.1416  grad 0.81  65.9k tok/s  MFU 41.2%  "
+                                       "wait 0.1%  load 1.31\n")
 
 
 def test_the_time_left_follows_the_last_steps(tmp_path, capsys, monkeypatch):
