@@ -160,7 +160,7 @@ def _inspect(p: argparse.ArgumentParser) -> None:
 
 
 def _generate(p: argparse.ArgumentParser) -> None:
-    p.add_argument("run", metavar="RUN", help="run folder")
+    p.add_argument("run", metavar="RUN", help="run folder, or one of its checkpoints")
     p.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="may be given several times")
     p.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
     p.add_argument("--tokens", metavar="N", type=_count, default=200, help="to generate for each prompt (default: 200)")
@@ -169,6 +169,8 @@ def _generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-p", metavar="P", type=_share, default=1.0,
                    help="choose among the likeliest that sum to P (default: 1)")
     p.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same text (default: 0)")
+    p.add_argument("--tokenizer", metavar="FILE",
+                   help="tokenizers JSON, prepared folder or bytes (default: the one beside the run's shards)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
 
 
