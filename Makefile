@@ -1,0 +1,47 @@
+# `make` lists the targets; each sets up what it needs. Wanted beforehand: Python 3.11 or newer with its venv module.
+BIN := .venv/bin
+# One thread a process and no spinning: the suite starts many ranks on few cores.
+QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+# On a GPU machine the Python that has torch is used as it is, and the checkout without being installed.
+GPU_PYTHON ?= python3
+BARE := PYTHONPATH=.src PYTHONSAFEPATH=1 $(GPU_PYTHON)
+
+.PHONY: help venv demo test lint types gpu-test bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: .venv/done  ## .venv with stepladder, editable, in the versions of constraints.txt
+
+demo: .venv/done  ## prepare, train, kill, resume, split over four processes and sample: about three minutes
+	@$(BIN)/stepladder demo
+
+test: .venv/done  ## the whole CPU suite
+	$(QUIET) $(BIN)/python -m pytest -m "not gpu"
+
+lint: .venv/done  ## ruff
+	$(BIN)/ruff check
+
+types: .venv/done  ## pyright
+	$(BIN)/pyright
+
+gpu-test:  ## the tests that need a GPU, with $GPU_PYTHON (python3) as it is
+	$(BARE) -m pytest -m gpu
+
+bench:  ## the measurements of tests/bench, on a GPU machine, with $GPU_PYTHON as it is
+	$(BARE) tests/bench/dense.py
+
+clean:  ## remove what make made, but no runs
+	rm -rf .venv .pytest_cache .ruff_cache
+
+# pip's -c does not reach the environment in which a package is built; the only one built here is this one.
+.venv/done: pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  for p in python3.11 python3.12 python3.13 python3; do \
+	    if $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      echo "making .venv with $$p; installing takes a minute or two, once"; exec $$p -m venv --clear .venv; fi; \
+	  done; \
+	  echo "make: found no Python 3.11 or newer that makes virtual environments; on Debian and Ubuntu" \
+	    "'sudo apt-get install python3-venv' brings the missing part" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@touch $@
