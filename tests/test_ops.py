@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stepladder.model.token.attention import rotate
+from stepladder.model.token.attention import angles, rotate
 from stepladder.ops import attention, experts, gla
 from stepladder.ops.attach import attach
 from stepladder.ops.loss import IGNORE, cross_entropy
@@ -132,7 +132,7 @@ def test_attention_equals_a_loop_over_what_a_query_may_see(window: int, packed: 
 
 def test_rotation_keeps_norms_and_shows_only_relative_positions() -> None:
     q, k = randn(1, 1, 2, 8, seed=1), randn(1, 1, 2, 8, seed=2)
-    at = lambda x, p: rotate(x, torch.tensor([[float(p)]]), 100.0)
+    at = lambda x, p: rotate(x, angles(torch.tensor([[p]]), 8, 100.0))
     close(at(q, 0), q, 1e-15)
     close(at(q, 1234).norm(dim=-1), q.norm(dim=-1), 1e-12)
     products = torch.stack([(at(q, m) * at(k, n)).sum(-1) for m, n in ((5, 2), (3, 0), (903, 900))])
