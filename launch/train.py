@@ -79,11 +79,12 @@ class Trainer:
             checkpoint.refuse_mismatch({"model": saved["model"]}, {"model": _table(run)["model"]})
         self.loader = self._loader(meta.get("cursor"))
         if meta:
-            checkpoint.refuse_mismatch({"data manifest": meta["manifest"]}, {"data manifest": self.loader.manifest_hash})
+            checkpoint.refuse_mismatch({"data": meta["manifest"]}, {"data": self.loader.manifest_hash})
         self.parts = build(run.model, self.mesh, seed=run.train.seed, dtype=DTYPES[run.train.dtype],
                            recompute=run.train.recompute, compiled=run.train.compile)
         o = run.optimizer
-        self.optimizer = Optimizer(self.parts, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, clip=run.train.clip)
+        self.optimizer = Optimizer(self.parts, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay,
+                                   clip=run.train.clip)
         self.at, self.tokens = meta.get("step", 0), meta.get("tokens", 0)
         if start is not None:
             self.store.load(start, self.optimizer.state())
@@ -91,7 +92,7 @@ class Trainer:
         self.log = Log(folder, main=w.main, total_steps=run.train.steps, step=self.at, every=run.train.log_every)
         self.flops = 3 * flops(run.model, run.data.seq)
         self.peak = _peak(self.device) * w.size
-        self.stop = _Stop()
+        self.stop, self.clock = _Stop(), _Clock()
         self._introduce(start)
 
     def _choose(self, resume: str) -> Path | None:
@@ -128,25 +129,28 @@ class Trainer:
     def steps(self, now: int | None) -> None:
         """Train to the end, or `now` more steps."""
         end = self.run.train.steps if now is None else min(self.run.train.steps, self.at + now)
+        c, t = self.run.checkpoint, self.run.train
         waiting: _Late | None = None
+        self.clock.start(self.loader.waited)
         while self.at < end:
             batches = [next(self.loader) for _ in range(self.plan.accumulation)]
             self.at += 1
             self.cursor = batches[-1].cursor
             self.tokens += self.run.data.batch_tokens
-            lr = lr_at(self.at, self.run.optimizer, self.run.train.steps)
+            lr = lr_at(self.at, self.run.optimizer, t.steps)
             report = train_step(self.parts, self.optimizer, batches, lr, self.stop.asked)
-            late = _Late(self.at, self.tokens, lr, report, self.loader)
+            late = _Late(self.at, self.tokens, lr, report, self.loader.waited)
             # A step is read when the next has been queued, so that the device never waits for the log.
             stop = waiting is not None and self._record(waiting)
-            waiting = late
-            c, t = self.run.checkpoint, self.run.train
-            if t.eval_every and (self.at % t.eval_every == 0 or self.at == end):
-                late.heldout = self.evaluate()
-            if stop or self.at == end or (c.every and self.at % c.every == 0):
-                stop = self._record(waiting) or stop
+            waiting, last = late, self.at == end
+            held_out = t.eval_every > 0 and (last or self.at % t.eval_every == 0)
+            save = last or (c.every > 0 and self.at % c.every == 0)
+            if held_out or save or stop:
+                stop = self._record(late, evaluate=held_out) or stop
                 waiting = None
-                self.save()
+                if save or stop:
+                    self.save()
+                self.clock.start(self.loader.waited)         # the next step's time is its own
             if stop:
                 break
         self.store.finish()
@@ -156,7 +160,8 @@ class Trainer:
         mesh, whole = self.mesh, {}
         if cursors:
             whole = data.merge([cursors[d * mesh.tp] for d in range(mesh.dp)])
-        meta = {"config": config.dump(self.run), "manifest": self.loader.manifest_hash, "step": self.at, "tokens": self.tokens, "cursor": whole}
+        meta = {"config": config.dump(self.run), "manifest": self.loader.manifest_hash, "step": self.at,
+                "tokens": self.tokens, "cursor": whole}
         self.store.save(self.at, self.optimizer.state(), meta, shapes=self.optimizer.shapes())
 
     def evaluate(self) -> float:
@@ -171,18 +176,19 @@ class Trainer:
         nll, count = sums.tolist()
         return nll / max(1.0, count)
 
-    def _record(self, late: _Late) -> bool:
+    def _record(self, late: _Late, evaluate: bool = False) -> bool:
         """Log a step; whether to stop after the one under way."""
         assert self.log is not None
-        r, t, took = late.read()
-        load = [float(x.max() / x.mean().clamp_min(1e-9)) for x in r.load]
+        r, arrived = late.read()
+        took, waited = self.clock.lap(arrived, late.waited)
         speed = self.run.data.batch_tokens / took
-        record = {"step": late.step, "loss": float(r.nll), "tokens": late.tokens, "lr": late.lr, "grad_norm": float(r.norm),
-                  "tokens_per_s": speed, "mfu": speed * self.flops / self.peak if self.peak else None,
-                  "memory_gib": _memory(self.device), "data_wait": t / took, "load": load,
+        record = {"step": late.step, "loss": float(r.nll), "tokens": late.tokens, "lr": late.lr,
+                  "grad_norm": float(r.norm), "tokens_per_s": speed,
+                  "mfu": speed * self.flops / self.peak if self.peak else None, "memory_gib": _memory(self.device),
+                  "data_wait": waited / took, "load": [float(x.max() / x.mean().clamp_min(1e-9)) for x in r.load],
                   "entropy": r.entropy.tolist(), "balance": r.balance.tolist(), "skipped": int(r.skipped)}
-        if late.heldout is not None:
-            record["eval_loss"] = late.heldout
+        if evaluate:
+            record["eval_loss"] = self.evaluate()
         if self.loader.skipped:
             record["skipped_shards"] = self.loader.skipped
         self.log.step(record)
@@ -195,26 +201,34 @@ class Trainer:
 
 class _Late:
     """A step's report on its way to the host."""
-    last = 0.0           # when the step before was recorded
-    waited = 0.0         # what the loader's clock said then
 
-    def __init__(self, step: int, tokens: int, lr: float, report: Report, loader: data.Loader):
-        self.step, self.tokens, self.lr, self.loader = step, tokens, lr, loader
-        self.heldout: float | None = None
-        gpu = report.loss.is_cuda
+    def __init__(self, step: int, tokens: int, lr: float, report: Report, waited: float):
+        self.step, self.tokens, self.lr, self.waited = step, tokens, lr, waited
         self.report = Report(*(x.to("cpu", non_blocking=True) for x in report))
-        self.arrived = torch.cuda.Event() if gpu else None
+        self.done = time.perf_counter()                  # on a CPU the step is over when it has been called
+        self.arrived = torch.cuda.Event() if report.loss.is_cuda else None
         if self.arrived is not None:
             self.arrived.record()
 
-    def read(self) -> tuple[Report, float, float]:
-        """The report, seconds waited for data and seconds since the step before."""
+    def read(self) -> tuple[Report, float]:
+        """The report, and when the step was over."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        now, waited = time.perf_counter(), self.loader.waited
-        took, wait = now - _Late.last, waited - _Late.waited
-        _Late.last, _Late.waited = now, waited
-        return self.report, max(0.0, wait), took
+            self.done = time.perf_counter()
+        return self.report, self.done
+
+
+class _Clock:
+    """Splits wall time and the loader's waiting time into steps."""
+
+    def start(self, waited: float) -> None:
+        self.last, self.waited = time.perf_counter(), waited
+
+    def lap(self, now: float, waited: float) -> tuple[float, float]:
+        """Seconds since the step before, and of them waited for data."""
+        took, wait = max(now - self.last, 1e-9), waited - self.waited
+        self.last, self.waited = now, waited
+        return took, wait
 
 
 class _Stop:
@@ -234,7 +248,7 @@ def _numerics(plan: config.Derived, dtype: str) -> None:
     if plan.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False     # poison is for tests; it costs a pass each
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore  # a pass over every buffer
     if dtype == "bf16":
         torch.set_float32_matmul_precision("high")                      # what stays fp32 there is small, or a state
 
@@ -281,7 +295,6 @@ def run(args: argparse.Namespace) -> int:
         trainer = Trainer(chosen, folder, w, args.resume)
         try:
             (folder / "config.toml").write_text(config.dump(chosen)) if w.main else None
-            _Late.last, _Late.waited = time.perf_counter(), 0.0
             with _profiled(args.profile, folder, w.rank):
                 trainer.steps(args.steps_now)
         finally:

@@ -13,7 +13,8 @@ class BlockConfig:
 
     def __post_init__(self) -> None:
         if self.lag not in ((0, 0), (0, 1), (1, 1)):
-            raise ValueError(f"lag {list(self.lag)} is not one of [0, 0] (standard), [0, 1] (parallel), [1, 1] (ladder)")
+            raise ValueError(f"lag {list(self.lag)} is not one of [0, 0] (standard), [0, 1] (parallel), "
+                             "[1, 1] (ladder)")
 
 
 @dataclass(frozen=True)

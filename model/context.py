@@ -1,7 +1,7 @@
 """What every mixer may know about the tokens it is given."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ class Context(NamedTuple):
     start: Tensor                    # (B, T) true on a document's first token
     doc: Tensor | None = None        # (B, T) number of the document inside the row; None: a row is one document
     borders: Tensor | None = None    # (N + 1,) int32 where documents begin in the flattened rows, padded with B * T
+    table: Any = None                # what the mixer's own table() made of the above, once for all layers of its Spec
 
     @classmethod
     def plain(cls, B: int, T: int, device: torch.device | str = "cpu") -> Context:

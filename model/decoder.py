@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from stepladder.model.config import BlockConfig, ModelConfig, Place
 from stepladder.model.context import Context
 from stepladder.model.leaf import Leaf, constant, declared, normal
-from stepladder.model.mixer import ChannelMixer, TokenMixer
+from stepladder.model.mixer import ChannelMixer, Plan, TokenMixer
 from stepladder.model.registry import CHANNEL, TOKEN, find
-from stepladder.model.residual import Comm, OneRank, Stats, Stream
+from stepladder.model.residual import Comm, OneRank, Stream
 from stepladder.ops.linear import linear
 from stepladder.ops.loss import cross_entropy
 from stepladder.ops.norm import rms_norm
@@ -29,8 +29,10 @@ class Norm(Leaf):
         super().__init__()
         self.weight("scale", width, init=constant(1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.scale)
+    def forward(self, h: Tensor, *arrived: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds to the stream what has arrived and norms it: (h, x). One pass over memory when compiled."""
+        h = sum(arrived, h)
+        return h, rms_norm(h, self.scale)
 
 
 class Block(nn.Module):
@@ -42,32 +44,39 @@ class Block(nn.Module):
         self.channel: ChannelMixer = find(CHANNEL, block.channel.kind).Mixer(cfg, block.channel, place)
         self.token_comm: Comm = OneRank()
         self.channel_comm: Comm = OneRank()
-        self.recompute = (False, False)       # forget the token / channel sublayer's activations until backward
+        # Whether the token, the channel sublayer forgets its activations and computes them again in the backward.
+        self.recompute: tuple[bool, bool] = (False, False)
 
     def forward(self, s: Stream, ctx: Context, state: Any = None) -> Stream:
-        s = s.read(self.lag[0])
-        y = _run(self.recompute[0], self.mix, s.h, ctx, state)
+        s, arrived = s.arrive(self.lag[0])
+        h, y = _run(self.recompute[0], self.mix, s.h, arrived, ctx, state)
+        s = s._replace(h=h)
         joint = self.lag == (0, 1)            # both outputs are made from the same h and travel as one
         if not joint:
             s = s.write(self.token_comm.leave(y))
-        s = s.read(self.lag[1])
-        z, route, stats = _run(self.recompute[1], self.feed, s.h, s.route)
-        s = s.write(self.channel_comm.leave(z, also=y if joint else None))
-        return s._replace(route=route, stats=s.stats if stats is None else (*s.stats, stats))
+        s, arrived = s.arrive(self.lag[1])
+        h, z, plan = _run(self.recompute[1], self.feed, s.h, arrived, s.route)
+        s = s._replace(h=h, route=plan.route, stats=s.stats if plan.stats is None else (*s.stats, plan.stats))
+        return s.write(self.channel_comm.leave(z, also=y if joint else None))
 
-    def mix(self, h: Tensor, ctx: Context, state: Any) -> Tensor:
-        x = self.token_comm.enter(self.norm1(h))
-        return self.token(x, ctx) if state is None else self.token.step(x, state, ctx)
+    def mix(self, h: Tensor, arrived: tuple[Tensor, ...], ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
+        h, x = self.norm1(h, *arrived)
+        x = self.token_comm.enter(x)
+        return h, self.token(x, ctx) if state is None else self.token.step(x, state, ctx)
 
-    def feed(self, h: Tensor, route: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], Stats | None]:
-        x = self.channel_comm.enter(self.norm2(h))
+    def feed(self, h: Tensor, arrived: tuple[Tensor, ...], route: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Plan]:
+        h, x = self.norm2(h, *arrived)
+        x = self.channel_comm.enter(x)
         plan = self.channel.plan(x, route)
-        return self.channel(x, plan), plan.route, plan.stats
+        return h, self.channel(x, plan), plan
 
 
-def _run(recompute: bool, f: Callable[..., Any], *args: Any) -> Any:
-    # It starts at `enter`: under sequence parallel the gathered input must not be what is saved.
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False) if recompute else f(*args)
+def _run(recompute: bool, f: Callable[..., Any], h: Tensor, arrived: tuple[Tensor, ...], *args: Any) -> Any:
+    if not recompute:
+        return f(h, arrived, *args)
+    # It starts at the norm: under sequence parallel the gathered input must not be what is saved. The sum is done
+    # before, so that one tensor is saved and not two.
+    return checkpoint(f, sum(arrived, h), (), *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Embedding(Leaf):
@@ -120,23 +129,33 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor | Stream, ctx: Context, states: States | None = None) -> Stream:
         """Tokens (B, T), or the stream of the stage before, through this span's blocks. The one layer loop."""
-        if isinstance(x, Tensor):
+        if isinstance(x, Stream):
+            s = x
+        else:
             assert self.embed is not None
-            x = Stream(self.embed_comm.leave(self.embed(x, self.dtype)).wait())
-        for name, block in self.blocks.items():
-            x = block(x, ctx, states[name] if states is not None else None)
-        return x
+            s = Stream(self.embed_comm.leave(self.embed(x, self.dtype)).wait())
+        tables: dict[Any, Any] = {}
+        for name, block in zip(self.blocks, blocks(self), strict=True):
+            spec = block.token.spec
+            if spec not in tables:
+                tables[spec] = block.token.table(ctx, torch.promote_types(self.dtype, torch.float32))
+            s = block(s, ctx._replace(table=tables[spec]), states[name] if states is not None else None)
+        return s
 
     def finish(self, s: Stream, targets: Tensor | None = None) -> tuple[Tensor, ...]:
         """The last stage's stream -> (logits (B, T, vocab),), or with targets (loss sum, likelihood sum)."""
-        assert self.norm is not None and self.head is not None
+        assert self.norm is not None
+        assert self.head is not None
         table = self.head.table if self.embed is None or not self.cfg.tied else self.embed.table
-        return self.head(self.head_comm.enter(self.norm(s.read(0).h)), table, targets)
+        s, arrived = s.arrive(0)
+        _, x = self.norm(s.h, *arrived)
+        return self.head(self.head_comm.enter(x), table, targets)
 
     def begin(self, batch: int, length: int) -> States:
         """Empty decoding states for `batch` rows of up to `length` tokens."""
         like = next(self.parameters()).new_empty(0, dtype=self.dtype)
-        return {name: block.token.begin(batch, length, like) for name, block in self.blocks.items()}
+        return {name: block.token.begin(batch, length, like)
+                for name, block in zip(self.blocks, blocks(self), strict=True)}
 
 
 def place(cfg: ModelConfig, layer: int) -> Place:
@@ -147,15 +166,13 @@ def place(cfg: ModelConfig, layer: int) -> Place:
 def parameters(cfg: ModelConfig) -> tuple[int, int]:
     """Parameters in all, and those one token meets (top_k of the experts), without building the weights."""
     model = skeleton(cfg)
-    every = {name: torch.Size(d.shape).numel() for name, d in declared(model).items()}
-    total = sum(every.values())
-    for path, m in model.named_modules():
-        if getattr(m, "tokens", "all") == "own":
-            spec = m.spec
-            idle = sum(n for name, n in every.items() if name.startswith(f"{path}.experts."))
-            total_idle = idle * (spec.experts - spec.top_k) // spec.experts
-            every[f"{path} idle"] = -total_idle
-    return total, sum(every.values())
+    sizes = {name: torch.Size(d.shape).numel() for name, d in declared(model).items()}
+    idle = 0
+    for layer, block in zip(model.blocks, cfg.kinds(), strict=True):
+        if block.channel.kind == "moe":
+            held = sum(n for name, n in sizes.items() if name.startswith(f"blocks.{layer}.channel.experts."))
+            idle += held * (block.channel.experts - block.channel.top_k) // block.channel.experts
+    return sum(sizes.values()), sum(sizes.values()) - idle
 
 
 def flops(cfg: ModelConfig, T: int) -> int:

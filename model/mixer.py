@@ -4,6 +4,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from stepladder.model.context import Context
@@ -13,6 +14,11 @@ from stepladder.model.residual import Stats
 
 class TokenMixer(Leaf):
     """Mixes along the row. model/token/<name>.py: Spec, Mixer, TINY; one line in registry.TOKEN."""
+    spec: Any
+
+    def table(self, ctx: Context, dtype: torch.dtype) -> Any:
+        """What every layer with this Spec needs of the positions; made once a pass and handed back as ctx.table."""
+        return None
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -41,7 +47,7 @@ class Plan(NamedTuple):
 
 class ChannelMixer(Leaf):
     """Mixes within a token. model/channel/<name>.py: Spec, Mixer, TINY; one line in registry.CHANNEL."""
-    tokens: str = "all"                 # "all": all tokens in, this rank's share out; "own": own tokens in, whole rows out
+    tokens: str = "all"    # "all": all tokens in, this rank's share out; "own": this rank's tokens in, whole rows out
 
     def plan(self, x: Tensor, route: tuple[Tensor, ...]) -> Plan:
         """Routing alone; dense mixers hand `route` on."""

@@ -72,12 +72,15 @@ class Stream(NamedTuple):
     route: tuple[Tensor, ...] = ()     # router logits made ahead, next MoE block's first, in own-token layout
     stats: tuple[Stats, ...] = ()      # of the MoE layers passed; stays on its pipeline stage
 
+    def arrive(self, lag: int) -> tuple[Stream, tuple[Tensor, ...]]:
+        """Wait for all but the newest `lag` outputs; the norm that reads next adds them to h, in one pass."""
+        n = max(0, len(self.late) - lag)
+        return self._replace(late=self.late[n:]), tuple(p.wait() for p in self.late[:n])
+
     def read(self, lag: int) -> Stream:
-        """Wait for all but the newest `lag` outputs and add them to h."""
-        h, late = self.h, self.late
-        while len(late) > lag:
-            h, late = h + late[0].wait(), late[1:]
-        return self._replace(h=h, late=late)
+        """The same with the sums done."""
+        s, arrived = self.arrive(lag)
+        return s._replace(h=sum(arrived, s.h))
 
     def write(self, y: Pending) -> Stream:
         return self._replace(late=(*self.late, y))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 # torch 2.11 shares key heads without being told, later versions want to be told.
-_GQA = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, doc: Tensor | None, borders: Tensor | None, window: int = 0) -> Tensor:

@@ -51,7 +51,7 @@ def loop(x: Tensor, counts: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> T
 
 
 def grouped(x: Tensor, counts: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
-    """The same by three grouped products; counts stay on the device. Their sum must be N: later rows are not written."""
+    """The same by three grouped products; counts stay on the device. They must add up to N: more is not written."""
     ends = counts.cumsum(0).to(torch.int32)
     up, gate, down = (w.to(x.dtype).transpose(-2, -1) for w in (up, gate, down))
     h = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
@@ -59,7 +59,6 @@ def grouped(x: Tensor, counts: Tensor, up: Tensor, gate: Tensor, down: Tensor) -
 
 
 def can_group(x: Tensor, hidden: int) -> bool:
-    """grouped_mm takes bf16 rows of a multiple of 16 bytes on a GPU, any half or single precision on a CPU."""
-    if x.is_cuda:
-        return x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and hidden % 8 == 0
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    """grouped_mm takes rows of a multiple of 16 bytes: bf16 on a GPU, any half or single precision on a CPU."""
+    fits = x.dtype == torch.bfloat16 if x.is_cuda else x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return fits and all(n * x.element_size() % 16 == 0 for n in (x.shape[-1], hidden))

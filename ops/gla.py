@@ -29,8 +29,9 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
     where the usual q exp(b) (k exp(-b))^T overflows (specs of the chunkwise form: arXiv:2312.06635 section 4).
     Document borders are masks, not large negative decays, so they cost no precision.
     """
-    B, T, H, K = q.shape
+    B, T, H = q.shape[:3]
     V, C = v.shape[-1], min(chunk, 1 << max(T - 1, 1).bit_length())
+    assert C & (C - 1) == 0, f"chunk {C} cannot be halved down to 1"
     pad = -T % C
     if pad:
         q, k, v, g = (F.pad(z, (0, 0, 0, 0, 0, pad)) for z in (q, k, v, g))

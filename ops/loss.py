@@ -18,10 +18,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor, targets: Tensor, first: int, z_loss: float, chunk: int,
-                total: Reduce, highest: Reduce, compiled: bool) -> tuple[Tensor, Tensor]:
+                total: Reduce, highest: Reduce, compiled: bool, learn: bool) -> tuple[Tensor, Tensor]:
         statistics, gradient = (_compiled_statistics, _compiled_gradient) if compiled else (_statistics, _gradient)
         w = table.to(x.dtype)
-        learn = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx = torch.empty_like(x) if learn else x.new_empty(0)
         dw = torch.zeros(table.shape, dtype=promote(table).dtype, device=x.device) if learn else x.new_empty(0)
         loss = x.new_zeros((), dtype=promote(x).dtype)
@@ -46,7 +45,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         dx, dw = ctx.saved_tensors
-        return (g * dx).to(dx.dtype), (g * dw).to(dw.dtype), *[None] * 7
+        return (g * dx).to(dx.dtype), (g * dw).to(dw.dtype), *[None] * 8
 
 
 def _statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +68,7 @@ _compiled_statistics = torch.compile(_statistics)
 _compiled_gradient = torch.compile(_gradient)
 
 
-def cross_entropy(x: Tensor, table: Tensor, targets: Tensor, *, first: int = 0, z_loss: float = 0.0, chunk: int = 4096,
+def cross_entropy(x: Tensor, table: Tensor, targets: Tensor, *, first: int = 0, z_loss: float = 0.0, chunk: int = 8192,
                   total: Reduce = lambda v: v, highest: Reduce = lambda v: v,
                   compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Sums over tokens of (cross entropy + z_loss * logsumexp^2) and of the cross entropy alone; divide by the count.
@@ -77,5 +76,6 @@ def cross_entropy(x: Tensor, table: Tensor, targets: Tensor, *, first: int = 0, 
     x (N, D); table (V, D), or the rows `first`..`first + V` of it, with `total` and `highest` reducing over the ranks
     that hold the others; targets (N,) int64 ids of the whole vocabulary, IGNORE where there is nothing to learn.
     """
+    learn = torch.is_grad_enabled() and (x.requires_grad or table.requires_grad)
     return _CrossEntropy.apply(  # pyright: ignore[reportReturnType]
-        x, table, targets, first, z_loss, chunk, total, highest, compiled)
+        x, table, targets, first, z_loss, chunk, total, highest, compiled, learn)

@@ -49,13 +49,13 @@ def split(model: Decoder, mesh: Mesh) -> None:
 
 
 def values(name: str, decl: Decl, c: Cut | None, seed: int, dtype: torch.dtype) -> Tensor:
-    """This rank's slice of the initial value. Each expert has a seed of its own: nobody makes those it does not hold."""
+    """This rank's slice of the initial value. Each expert has a seed of its own: others' experts are never made."""
     if decl.ep is None:
         whole = decl.init(torch.empty(decl.shape, dtype=dtype), _generator(f"{seed}/{name}"))
         return whole if c is None else whole.chunk(c.pieces, c.dim)[c.index]
     assert decl.ep == 0
-    held = range(decl.shape[0]) if c is None else range(decl.shape[0])[c.index * decl.shape[0] // c.pieces:][
-        :decl.shape[0] // c.pieces]
+    n = decl.shape[0] // (c.pieces if c is not None else 1)
+    held = range(n) if c is None else range(c.index * n, (c.index + 1) * n)
     return torch.stack([decl.init(torch.empty(decl.shape[1:], dtype=dtype), _generator(f"{seed}/{name}/{e}"))
                         for e in held])
 

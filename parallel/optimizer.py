@@ -44,7 +44,8 @@ class Optimizer:
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         self.steps = torch.zeros((), device=parts.mesh.device)   # what every parameter's own count is
         for p in self.pieces.values():
-            self.adam.state[p] = {"step": self.steps.clone(), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adam.state[p] = {"step": self.steps.clone(), "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
         self.skipped, self.streak = (torch.zeros((), device=parts.mesh.device) for _ in range(2))
         self.moe = {int(name): b.channel for name, b in zip(parts.decoder.blocks, blocks(parts.decoder), strict=True)
                     if isinstance(b.channel, MoE)}
@@ -74,7 +75,7 @@ class Optimizer:
             self.pieces[name].grad = local(p.grad)
             p.grad = None
         if scale.dtype == torch.float64:       # the fused kernel divides in fp32: parity tests want all digits
-            torch._foreach_div_([p.grad for p in self.pieces.values()], scale)
+            torch._foreach_div_([p.grad for p in self.pieces.values() if p.grad is not None], scale)
             self.adam.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
         else:
             self.adam.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
@@ -91,8 +92,7 @@ class Optimizer:
     @torch.no_grad()
     def _report(self, result: Result, asked: float) -> Report:
         """One sum over the world of everything that has to be known of the step."""
-        parts, mesh = self.parts, self.parts.mesh
-        grads = []
+        mesh, grads = self.parts.mesh, []
         for name, p in self.params.items():
             assert p.grad is not None, name
             grads.append(local(p.grad))

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,9 @@ class Result(NamedTuple):
 
 
 def spans(layers: int, stages: int) -> list[range]:
-    """Layers of each stage, as even as can be, the longer ones first but not the very first: it has the embedding."""
+    """Layers of each stage, as even as can be."""
     at = [round(layers * i / stages) for i in range(stages + 1)]
-    return [range(a, b) for a, b in zip(at, at[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(at)]
 
 
 def routes(cfg: ModelConfig, layer: int) -> int:
@@ -58,13 +59,15 @@ class Stage(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.first, self.last = decoder.span.start == 0, decoder.span.stop == decoder.cfg.layers
-        self.passes: list[tuple[Tensor, tuple[Stats, ...]]] = []      # what each forward since take() left beside its output
+        self.passes: list[tuple[Tensor, tuple[Stats, ...]]] = []      # likelihood and statistics of each since take()
 
     def forward(self, *carried: Tensor, targets: Tensor, start: Tensor | None = None,
                 borders: Tensor | None = None) -> tuple[Tensor, ...]:
         """tokens, or (h, late, *routes) of the stage before -> the same for the next stage, or (loss sum (1,),)."""
-        ctx = Context.plain(*targets.shape, targets.device) if start is None else Context.packed(
-            start, None if borders is None else borders.flatten())
+        if start is None:
+            ctx = Context.plain(targets.shape[0], targets.shape[1], targets.device)
+        else:
+            ctx = Context.packed(start, None if borders is None else borders.flatten())
         x = carried[0] if self.first else Stream(carried[0], (Ready(carried[1]),), carried[2:])
         s = self.decoder(x, ctx)
         if not self.last:
@@ -111,7 +114,7 @@ class Pipe:
     def _pipelined(self, micros: Sequence[Micro], train: bool) -> Tensor:
         schedule = self._schedule(micros, train)
         tokens, targets = torch.cat([m.tokens for m in micros]), torch.cat([m.targets for m in micros])
-        rows = {"targets": targets}
+        rows: dict[str, Any] = {"targets": targets}
         if (starts := [m.start for m in micros if m.start is not None]):
             rows["start"] = torch.cat(starts)
         if (offsets := [m.borders for m in micros if m.borders is not None]):
@@ -119,18 +122,20 @@ class Pipe:
         losses: list[Tensor] = []
         run = schedule.step if train else schedule.eval
         args = (tokens,) if self.stage.first else ()
-        last = {"target": targets, "losses": losses} if self.stage.last else {}
+        last: dict[str, Any] = {"target": targets, "losses": losses} if self.stage.last else {}
         run(*args, **last, return_outputs=False, **rows)
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=self.mesh.device)
 
     def _schedule(self, micros: Sequence[Micro], train: bool) -> Schedule1F1B:
         key = (len(micros), micros[0].tokens.shape, train)
         if key not in self.schedules:
-            ends = self._boundary(micros[0], self.stage.decoder.span.start), self._boundary(micros[0], self.stage.decoder.span.stop)
-            stage = PipelineStage(self.stage, self.mesh.pp_rank, self.mesh.pp, self.mesh.device, input_args=ends[0],
-                                  output_args=ends[1], group=self.mesh.group("pp"))
+            span, mesh = self.stage.decoder.span, self.mesh
+            stage = PipelineStage(self.stage, mesh.pp_rank, mesh.pp, mesh.device, group=mesh.group("pp"),
+                                  input_args=self._boundary(micros[0], span.start),
+                                  output_args=self._boundary(micros[0], span.stop))
             # The stage returns its loss; scaling waits for the global token count.
-            self.schedules[key] = Schedule1F1B(stage, len(micros), loss_fn=lambda out, _: out[0].sum(), scale_grads=False)
+            self.schedules[key] = Schedule1F1B(stage, len(micros), loss_fn=lambda out, _: out[0].sum(),
+                                               scale_grads=False)
         return self.schedules[key]
 
     def _boundary(self, m: Micro, layer: int) -> tuple[Tensor, ...]:
@@ -144,8 +149,8 @@ class Pipe:
         part = self.mesh.tp if self.mesh.layout.sequence else 1
         h = torch.empty(B, T // part, cfg.width, dtype=dtype, device="meta", requires_grad=True)
         experts = next((b.channel.experts for b in cfg.kinds() if b.channel.kind == "moe"), 0)
-        logits = torch.empty(B, T // self.mesh.tp, experts, dtype=torch.promote_types(dtype, torch.float32), device="meta",
-                             requires_grad=True)
+        logits = torch.empty(B, T // self.mesh.tp, experts, dtype=torch.promote_types(dtype, torch.float32),
+                             device="meta", requires_grad=True)
         return (h, h, *[logits] * routes(cfg, layer))
 
 

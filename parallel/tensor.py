@@ -28,7 +28,7 @@ class InFlight(NamedTuple):
     work: dist.Work
 
     def wait(self) -> Tensor:
-        with torch.no_grad():        # gloo's reduce-scatter copies into y here, and autograd would take that for the maths
+        with torch.no_grad():        # gloo's reduce-scatter copies into y here; autograd would take that for the maths
             self.work.wait()
         return self.y
 

@@ -14,7 +14,7 @@ from typing import Any
 _context = get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp",
                                  "torch.distributed.checkpoint", "torch.distributed.pipelining", "torch._dynamo"])
-os.environ.setdefault("OMP_NUM_THREADS", "1")            # read by the server's OpenMP; two busy pools on two cores thrash
+os.environ.setdefault("OMP_NUM_THREADS", "1")            # read by the server's OpenMP; busy pools thrash two cores
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
@@ -23,12 +23,13 @@ class RankFailed(AssertionError):
 
 
 def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """fn(rank, n, *args) in n processes with a gloo group; their results by rank. A failure or a hang is a failure here."""
+    """fn(rank, n, *args) in n processes with a gloo group; their results by rank. A hang is a failure too."""
     with tempfile.TemporaryDirectory() as folder:
         pipes, ranks = [], []
         for rank in range(n):
             ours, theirs = _context.Pipe(duplex=False)
-            p = _context.Process(target=_rank, args=(theirs, rank, n, Path(folder) / "rendezvous", fn, args), daemon=True)
+            work = (theirs, rank, n, Path(folder) / "rendezvous", fn, args)
+            p = _context.Process(target=_rank, args=work, daemon=True)
             p.start()
             theirs.close()
             pipes.append(ours)
@@ -63,7 +64,7 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
 
 
 def _rank(pipe: Connection, rank: int, n: int, rendezvous: Path, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    import torch                                          # here: the parent of most tests has no need of it yet
+    import torch  # here: the parent of most tests has no need of it yet
     import torch.distributed as dist
     torch.set_num_threads(1)
     try:

@@ -21,7 +21,8 @@ def config(token: str = "attention0", channel: str = "swiglu0", lag: str = "stan
     channels = ["moe1", "swiglu0"] if channel == "between" else [channel]
     tokens = list(TOKENS) if token == "every" else [token]
     n = len(lags) * len(channels) * len(tokens)
-    blocks = {f"b{i}": BlockConfig(TOKENS[tokens[i % len(tokens)]], CHANNELS[channels[i % len(channels)]], lags[i % len(lags)])
+    pick = lambda names, i: names[i % len(names)]
+    blocks = {f"b{i}": BlockConfig(TOKENS[pick(tokens, i)], CHANNELS[pick(channels, i)], pick(lags, i))
               for i in range(n)}
     return ModelConfig(vocab=VOCAB, width=WIDTH, layers=layers, blocks=blocks, pattern=tuple(blocks), std=0.3,
                        z_loss=1e-3, **kw)  # pyright: ignore[reportArgumentType]

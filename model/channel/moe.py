@@ -115,8 +115,8 @@ class Mixer(ChannelMixer):
         super().__init__()
         self.spec, D = spec, cfg.width
         # Block n makes the logits of block n + ahead; the first makes those of the blocks before that too.
-        targets = [n for n in ([*range(spec.ahead + 1)] if place.nth == 0 else [place.nth + spec.ahead]) if n < place.count]
-        self.routers = nn.ModuleList(Router(cfg, spec) for _ in targets)
+        made = range(spec.ahead + 1) if place.nth == 0 else [place.nth + spec.ahead]
+        self.routers = nn.ModuleList(Router(cfg, spec) for n in made if n < place.count)
         self.experts = Experts(cfg, spec, place)
         if spec.bias_rate:
             self.weight("bias", spec.experts, init=constant(0.0), learn=False)
@@ -126,9 +126,9 @@ class Mixer(ChannelMixer):
             self.weight("shared_down", D, spec.shared, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
     def plan(self, x: Tensor, route: tuple[Tensor, ...]) -> Plan:
-        logits, *route = (*route, *(router(x) for router in self.routers))
+        logits, *later = (*route, *(router(x) for router in self.routers))
         ids, weights, stats = self.choose(logits)
-        return Plan(tuple(route), stats, ids, weights)
+        return Plan(tuple(later), stats, ids, weights)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Stats]:
         """logits (B, T, E) -> expert ids and weights (B T, k), and what the log wants to know."""
@@ -151,7 +151,8 @@ class Mixer(ChannelMixer):
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         ids, weights = plan.ids, plan.weights
-        assert ids is not None and weights is not None
+        assert ids is not None
+        assert weights is not None
         order = ids.flatten().argsort(stable=True)
         inverse = experts.invert(order)
         flat, k = x.flatten(0, 1), self.spec.top_k

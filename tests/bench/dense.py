@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def measure(step: Any, steps: int, began: float, profile: str) -> dict[str, Any]
         loss = step(batch())
         event.record()
     torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
     if profile:
         with torch.profiler.profile() as p:
             step(batch())
@@ -123,8 +124,8 @@ def main() -> None:
     for side, r in results.items():
         speed = ROWS * LENGTH / r["median_ms"] * 1e3
         print(f"| {side} ({r['parameters'] / 1e9:.2f}B) | {speed:,.0f} | {speed * per_token / PEAK:.1%} | "
-              f"{r['median_ms']:.1f} ({r['min_ms']:.1f}-{r['max_ms']:.1f}) | {r['memory_gib']:.1f} | {r['built_s']:.1f} | "
-              f"{r['first_step_s']:.1f} |")
+              f"{r['median_ms']:.1f} ({r['min_ms']:.1f}-{r['max_ms']:.1f}) | {r['memory_gib']:.1f} | "
+              f"{r['built_s']:.1f} | {r['first_step_s']:.1f} |")
     if len(results) == 2:
         print(f"ratio {results['huggingface']['median_ms'] / results['ours']['median_ms']:.3f}")
 
