@@ -1,0 +1,181 @@
+"""What only a GPU can show: its kernels, compiled mixers, no host sync, bitwise repetition. `make gpu-test` runs it."""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from stepladder.data.loader import Batch
+from stepladder.launch.train import micro
+from stepladder.model.channel import moe
+from stepladder.model.config import BlockConfig, ModelConfig
+from stepladder.model.context import borders
+from stepladder.model.token import attention as attention_mixer
+from stepladder.model.token import gla as gla_mixer
+from stepladder.ops import attention, experts, gla
+from stepladder.ops.linear import linear
+from stepladder.parallel.build import Parts, build
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.optimizer import Optimizer
+from stepladder.parallel.pipeline import Micro
+from stepladder.parallel.support import Parallel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+GPU = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+BF16_ERROR = 1e-2           # ||a - b|| / ||b||, bf16 operands
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def inputs(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    gen = torch.Generator().manual_seed(1)
+    return [torch.randn(s, generator=gen).to(GPU, dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("window", [0, 37])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_packed_attention_equals_its_dense_reference(window: int, heads: tuple[int, int]) -> None:
+    B, T, K = 3, 333, 64
+    H, G = heads
+    start = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.02
+    doc = start.long().cumsum(1).to(GPU)
+    q, k, v = inputs((B, T, H, K), (B, T, G, K), (B, T, G, K))
+    y = attention.causal(q, k, v, doc, borders(start).to(GPU), window)
+    g = torch.randn_like(y)
+    got = (y, *torch.autograd.grad(y, (q, k, v), g))
+    q, k, v = (z.detach().double().requires_grad_() for z in (q, k, v))
+    ref = attention.causal(q, k, v, doc, None, window)
+    want = (ref, *torch.autograd.grad(ref, (q, k, v), g.double()))
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b) < BF16_ERROR
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 130, 57], [0, 0, 192, 0]])
+def test_grouped_experts_equal_the_loop(counts: list[int]) -> None:
+    x, up, gate, down = inputs((192, 64), (4, 96, 64), (4, 96, 64), (4, 64, 96))
+    n = torch.tensor(counts, device=GPU)
+    y = experts.grouped(x, n, up, gate, down)
+    g = torch.randn_like(y)
+    got = (y, *torch.autograd.grad(y, (x, up, gate, down), g))
+    x, up, gate, down = (z.detach().double().requires_grad_() for z in (x, up, gate, down))
+    ref = experts.loop(x, n, up, gate, down)
+    want = (ref, *torch.autograd.grad(ref, (x, up, gate, down), g.double()))
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b) < 2 * BF16_ERROR
+
+
+def test_weight_gradients_leave_the_product_in_fp32() -> None:
+    x, w = inputs((512, 128), (64, 128), dtype=torch.float32)
+    y = linear(x.bfloat16(), w)
+    g = torch.randn_like(y)
+    (dw,) = torch.autograd.grad(y, w, g)
+    exact = g.double().t() @ x.bfloat16().double()
+    assert dw.dtype == torch.float32
+    assert error(dw, exact) < 1e-6              # bf16 rounding of the result alone would be 2e-3
+
+
+def test_chunked_gla_equals_its_definition_in_fp32() -> None:
+    B, T, H, K, V = 2, 200, 3, 32, 64
+    q, k, v = inputs((B, T, H, K), (B, T, H, K), (B, T, H, V), dtype=torch.float32)
+    g = (-5 * torch.rand(B, T, H, K, device=GPU)).requires_grad_()
+    start = torch.rand(B, T, device=GPU) < 0.03
+    S = torch.zeros(B, H, K, V, device=GPU)
+    y, end = gla.chunked(q, k, v, g, start, S)
+    ref, ref_end = gla.recurrent(*(z.double() for z in (q, k, v, g)), start, S.double())
+    assert error(y, ref) < 1e-5
+    assert error(end, ref_end) < 1e-5
+
+
+def hybrid(layers: int = 4) -> ModelConfig:
+    token = gla_mixer.Spec(heads=2, key_dim=64, value_dim=64), attention_mixer.Spec(heads=4, kv_heads=2, head_dim=64)
+    expert = moe.Spec(experts=8, top_k=2, hidden=256, ahead=1)
+    blocks = {"a": BlockConfig(token[0], expert, (1, 1)), "b": BlockConfig(token[1], tiny.CHANNELS["swiglu0"], (1, 1)),
+              "c": BlockConfig(replace(token[1], window=50), expert, (1, 1))}
+    return ModelConfig(vocab=512, width=256, layers=layers, blocks=blocks, pattern=("a", "b", "c"))
+
+
+def batch(seed: int, rows: int = 4, length: int = 256) -> Micro:
+    m = tiny.micro(rows, length, seed, every=60)
+    assert m.start is not None
+    return micro(Batch(m.tokens, m.targets, m.start, {}), GPU)
+
+
+def parts(**kw: Any) -> Parts:
+    return build(hybrid(), Mesh(Parallel(), GPU), seed=0, **kw)
+
+
+def gradients(p: Parts) -> tuple[float, dict[str, torch.Tensor]]:
+    result = p.pipe([batch(0)])
+    out = {name: w.grad.clone() for name, w in p.parameters().items() if w.grad is not None}
+    return float(result.loss), out
+
+
+def test_bf16_gradients_are_close_to_fp64() -> None:
+    loss, got = gradients(parts(dtype=torch.bfloat16))
+    want_loss, want = gradients(parts(dtype=torch.float64))
+    assert abs(loss / want_loss - 1) < 1e-3
+    flat = [torch.cat([g[k].flatten().double() for k in want]) for g in (got, want)]
+    assert error(*flat) < 5e-2                 # routing differs for tokens whose scores nearly tie
+
+
+def test_compiled_equals_eager() -> None:
+    loss, got = gradients(parts(dtype=torch.float32, compiled=True))
+    want_loss, want = gradients(parts(dtype=torch.float32))
+    assert abs(loss / want_loss - 1) < 1e-5
+    for name in want:
+        assert error(got[name], want[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("recompute", ["none", "both"])
+def test_a_training_step_never_waits_for_the_device(recompute: str) -> None:
+    p = parts(dtype=torch.bfloat16, recompute=recompute)
+    optimizer = Optimizer(p)
+    batches = [batch(i) for i in range(4)]
+
+    def step(m: Micro) -> None:
+        result = p.pipe([m])
+        p.sums()
+        optimizer.step(result, 1e-3)
+
+    step(batches[0])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for m in batches[1:]:
+            step(m)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_deterministic_steps_repeat_bitwise() -> None:
+    def run() -> list[torch.Tensor]:
+        p = parts(dtype=torch.bfloat16, compiled=True)
+        optimizer = Optimizer(p)
+        for i in range(5):
+            result = p.pipe([batch(i)])
+            p.sums()
+            optimizer.step(result, 1e-3)
+        return [w.detach().clone() for w in p.parameters().values()]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_non_finite_step_changes_nothing() -> None:
+    p = parts(dtype=torch.bfloat16)
+    optimizer = Optimizer(p)
+    before = {name: w.detach().clone() for name, w in p.parameters().items()}
+    result = p.pipe([batch(0)])
+    p.sums()
+    next(iter(p.parameters().values())).grad[0, 0] = torch.nan  # pyright: ignore
+    report = optimizer.step(result, 1e-3)
+    assert float(report.skipped) == float(report.streak) == 1
+    assert all(torch.equal(before[name], w) for name, w in p.parameters().items())
