@@ -83,7 +83,7 @@ def sample(decoder: Decoder, prompts: Sequence[Sequence[int]], tokens: int, how:
 def choose(logits: Tensor, luck: Tensor, how: Sampling) -> Tensor:
     """logits (B, V), luck (B,) fp64 uniform in [0, 1) -> (B,) ids, by inverting the distribution function.
 
-    In fp64: there luck * mass stays below mass, so that nothing outside the kept set can be hit.
+    Summed in fp64: fp32 merges the tail of a large vocabulary, and luck * mass could round up to mass.
     """
     if how.temperature == 0 or how.top_k == 1:
         return logits.argmax(-1)

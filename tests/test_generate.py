@@ -14,7 +14,7 @@ import torch
 
 from stepladder.data.tokenizer import Tokenizer
 from stepladder.launch import cli
-from stepladder.launch.generate import Sampling, choose, find, restore, sample
+from stepladder.launch.generate import Sampling, _next, choose, find, restore, sample
 from stepladder.model.decoder import Decoder
 from stepladder.model.leaf import Leaf
 from stepladder.parallel.build import build
@@ -98,8 +98,8 @@ def test_spare_ids_of_the_model_are_never_chosen(decoder):
 
 
 def drawn(probs: list[float], how: Sampling, draws: int = 20_000) -> torch.Tensor:
-    """Share of each token among many draws from `probs` (in any order, of any scale)."""
-    logits = torch.tensor(probs).log().expand(draws, -1)
+    """Share of each token among many draws; what all logits have in common (1000 here) must not matter."""
+    logits = (torch.tensor(probs).log() + 1000).expand(draws, -1)
     luck = torch.rand(draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return choose(logits, luck, how).bincount(minlength=len(probs)) / draws
 
@@ -132,6 +132,13 @@ def test_the_ends_of_luck_stay_inside_the_set():
     assert choose(banned, luck, Sampling()).tolist() == [1, 1]
 
 
+def test_rare_tokens_of_a_large_vocabulary_are_told_apart():
+    V, rare = 2**17, 1e-9
+    logits = torch.full((V,), rare).log().index_fill(0, torch.tensor([5]), 0.0)
+    luck = (1 + rare * (torch.arange(50, dtype=torch.float64) + 0.5)) / (1 + rare * (V - 1))
+    assert len(choose(logits.expand(50, V), luck, Sampling()).unique()) == 50
+
+
 @pytest.mark.parametrize(("prompts", "tokens", "sentence"), [
     ([], 5, "there is no prompt"),
     ([[1], []], 5, "prompt 2 of 2 is empty"),
@@ -151,6 +158,22 @@ def test_prompts_that_cannot_be_read_are_refused(decoder, prompts, tokens, sente
 def test_knobs_out_of_range_are_refused(knob, value):
     with pytest.raises(ValueError, match=f"{knob} = .* must"):
         Sampling(**{knob: value})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [GREEDY, Sampling(top_k=20, top_p=0.9)])
+@torch.inference_mode()
+def test_a_step_on_a_gpu_never_waits(how):
+    gpu = torch.device("cuda")
+    decoder = build(tiny.config("every", "moe1", "ladder"), Mesh(Parallel(), gpu), seed=5, dtype=torch.bfloat16).decoder
+    states, tokens, read = decoder.begin(2, 9), torch.tensor([[1], [2]], device=gpu), torch.zeros(2, device=gpu).long()
+    luck = torch.rand(2, dtype=torch.float64, device=gpu)
+    try:
+        for n in range(3):
+            tokens = choose(_next(decoder, tokens, read + n, states), luck, how).unsqueeze(1)
+            torch.cuda.set_sync_debug_mode("error")          # after the first step: kernels may wait when first loaded
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # From here on: a run of two steps, by the command line.
