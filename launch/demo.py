@@ -74,13 +74,17 @@ def walk(out: Path, config: Path, corpus: Path) -> None:
           "--seed", 1)
 
     _title(f"done in {time.monotonic() - began:.0f} s")
-    stepladder = Path(sys.executable).with_name("stepladder")
-    print(f"{plays}  shards and the vocabulary\n{one}  checkpoints, metrics.jsonl, tensorboard/, config.toml\n"
-          f"{out / 'curves.png'}  the curves; the dashed line is the resume\n\nnext:\n"
-          f"  {stepladder} generate {one} --prompt 'JULIET\n' --temperature 0.9\n"
-          f"  {stepladder} inspect {plays} --documents 2\n"
-          f"  {stepladder.with_name('tensorboard')} --logdir {one}\n"
-          f"  README.md, \"A real run\"")
+    programs = Path(os.path.relpath(Path(sys.executable).parent))
+    print(f"""\
+{plays}   shards and the vocabulary
+{one}     checkpoints, metrics.jsonl, tensorboard/, config.toml
+{out / 'curves.png'}   the curves; the dashed line is the resume
+
+next:
+  {programs}/stepladder generate {one} --prompt HAMLET --temperature 0.8
+  {programs}/stepladder inspect {plays} --documents 2
+  {programs}/tensorboard --logdir {one}
+  README.md, "A real run\"""")
 
 
 def same_bits(killed: Records, resumed: Records) -> str:
