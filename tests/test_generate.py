@@ -69,6 +69,12 @@ def test_rows_with_the_same_prompt_differ(decoder):
     assert first != second
 
 
+def test_every_token_is_drawn_anew(decoder):
+    [more] = sample(decoder, PROMPTS[:1], 40, Sampling(temperature=1e9, top_k=2))        # the best or the second, 1 : 1
+    best = likeliest(decoder, PROMPTS[0] + more)[len(PROMPTS[0]) - 1:-1]
+    assert 10 < sum(a == b for a, b in zip(more, best, strict=True)) < 30
+
+
 def test_a_seed_repeats_its_text_and_fewer_tokens_are_its_beginning(decoder):
     more = sample(decoder, PROMPTS, 30, Sampling(temperature=2.0, seed=7))
     assert more == sample(decoder, PROMPTS, 30, Sampling(temperature=2.0, seed=7))
@@ -254,7 +260,8 @@ def test_several_prompts_are_printed_one_after_the_other(trained, capsys):
 
 def test_a_checkpoint_folder_and_another_tokenizer_may_be_given(trained, capsys):
     flags = ("--prompt", "ab", "--tokens", 62)              # exactly max_length
-    shown = generate(capsys, trained, *flags)[1]
+    code, shown, _ = generate(capsys, trained, *flags)
+    assert code == 0
     assert generate(capsys, find(trained), *flags, "--tokenizer", "bytes")[1] == shown
 
 
