@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from stepladder.model.token.attention import angles, rotate
 from stepladder.ops import attention, experts, gla
@@ -172,6 +173,13 @@ def test_cross_entropy_equals_torchs_for_every_chunk_size(z_loss: float, live: s
         close(nll, plain_cross_entropy(x, table, TARGETS[live], 0.0)[0], 1e-10)
 
 
+def test_evaluation_makes_no_gradient_of_the_head() -> None:
+    x, table = randn(N, 6), randn(VOCAB, 6).requires_grad_()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cross_entropy(x, table, TARGETS["all"])
+    assert counter.get_total_flops() == 2 * N * 6 * VOCAB
+
+
 class Halves:
     """Two threads that sum and compare, as the ranks of a vocabulary split in two do."""
 
@@ -229,6 +237,11 @@ def test_grouped_experts_equal_the_loop(counts: list[int], D: int, hidden: int) 
     sizes = torch.tensor(counts)
     agree(lambda x, u, g, d: (experts.grouped(x, sizes, u, g, d),),
           lambda x, u, g, d: (experts.loop(x, sizes, u, g, d),), x, up, gate, down, tolerance=1e-5)
+
+
+def test_shapes_and_precisions_that_cannot_be_grouped_are_left_to_the_loop() -> None:
+    for D, hidden, dtype in ((7, 8, torch.float32), (8, 7, torch.float32), (12, 16, torch.bfloat16), (16, 16, DOUBLE)):
+        assert not experts.can_group(randn(3, D, dtype=dtype), hidden)
 
 
 def test_rows_are_carried_to_their_experts_and_back_with_their_gradients() -> None:
