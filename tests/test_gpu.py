@@ -29,7 +29,8 @@ BF16_ERROR = 1e-2           # ||a - b|| / ||b||, bf16 operands
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 def inputs(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
@@ -91,9 +92,9 @@ def test_chunked_gla_equals_its_definition_in_fp32() -> None:
     assert error(end, ref_end) < 1e-5
 
 
-def hybrid(layers: int = 4) -> ModelConfig:
+def hybrid(layers: int = 4, dense: bool = False) -> ModelConfig:
     token = gla_mixer.Spec(heads=2, key_dim=64, value_dim=64), attention_mixer.Spec(heads=4, kv_heads=2, head_dim=64)
-    expert = moe.Spec(experts=8, top_k=2, hidden=256, ahead=1)
+    expert = tiny.CHANNELS["swiglu0"] if dense else moe.Spec(experts=8, top_k=2, hidden=256, ahead=1)
     blocks = {"a": BlockConfig(token[0], expert, (1, 1)), "b": BlockConfig(token[1], tiny.CHANNELS["swiglu0"], (1, 1)),
               "c": BlockConfig(replace(token[1], window=50), expert, (1, 1))}
     return ModelConfig(vocab=512, width=256, layers=layers, blocks=blocks, pattern=("a", "b", "c"))
@@ -105,8 +106,8 @@ def batch(seed: int, rows: int = 4, length: int = 256) -> Micro:
     return micro(Batch(m.tokens, m.targets, m.start, {}), GPU)
 
 
-def parts(**kw: Any) -> Parts:
-    return build(hybrid(), Mesh(Parallel(), GPU), seed=0, **kw)
+def parts(dense: bool = False, **kw: Any) -> Parts:
+    return build(hybrid(dense=dense), Mesh(Parallel(), GPU), seed=0, **kw)
 
 
 def gradients(p: Parts) -> tuple[float, dict[str, torch.Tensor]]:
@@ -116,11 +117,12 @@ def gradients(p: Parts) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def test_bf16_gradients_are_close_to_fp64() -> None:
-    loss, got = gradients(parts(dtype=torch.bfloat16))
-    want_loss, want = gradients(parts(dtype=torch.float64))
+    # Without experts: a token whose scores nearly tie is routed elsewhere in another precision.
+    loss, got = gradients(parts(dense=True, dtype=torch.bfloat16))
+    want_loss, want = gradients(parts(dense=True, dtype=torch.float64))
     assert abs(loss / want_loss - 1) < 1e-3
     flat = [torch.cat([g[k].flatten().double() for k in want]) for g in (got, want)]
-    assert error(*flat) < 5e-2                 # routing differs for tokens whose scores nearly tie
+    assert error(*flat) < 2e-2
 
 
 def test_compiled_equals_eager() -> None:
