@@ -204,9 +204,11 @@ class _Late:
 
     def __init__(self, step: int, tokens: int, lr: float, report: Report, waited: float):
         self.step, self.tokens, self.lr, self.waited = step, tokens, lr, waited
-        self.report = Report(*(x.to("cpu", non_blocking=True) for x in report))
+        gpu = report.loss.is_cuda                        # pinned: a copy to other memory waits for the device
+        self.report = Report(*(torch.empty_like(x, device="cpu", pin_memory=gpu).copy_(x, non_blocking=True)
+                               for x in report))
         self.done = time.perf_counter()                  # on a CPU the step is over when it has been called
-        self.arrived = torch.cuda.Event() if report.loss.is_cuda else None
+        self.arrived = torch.cuda.Event() if gpu else None
         if self.arrived is not None:
             self.arrived.record()
 
