@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepladder.model.channel.moe import Mixer as MoE
 from stepladder.model.config import ModelConfig
-from stepladder.model.context import Context
+from stepladder.model.context import Context, borders
 from stepladder.model.decoder import Block, Decoder, blocks
 from stepladder.ops.norm import rms_norm
 from stepladder.parallel.build import Parts, build
@@ -108,6 +108,18 @@ def test_state_is_updated_in_place(token: str) -> None:
 
 
 # Packed documents
+
+def test_positions_and_documents_begin_anew_at_every_start() -> None:
+    start = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 1, 0]]).bool()       # the second row goes on with a document
+    ctx = Context.packed(start)
+    assert ctx.pos.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]]
+    assert ctx.doc is not None
+    assert ctx.doc.tolist() == [[1, 1, 1, 2, 2], [0, 0, 1, 2, 2]]
+    offsets = borders(start)
+    assert offsets[:5].tolist() == [0, 3, 5, 7, 8]
+    assert set(offsets[5:].tolist()) == {start.numel()}
+    assert borders(start | True).shape == offsets.shape                  # shapes repeat, kernels are not rebuilt
+
 
 @each_cell
 def test_packed_documents_do_not_see_each_other(cell: tuple[str, str, str]) -> None:

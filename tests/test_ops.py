@@ -147,8 +147,9 @@ def test_rms_norm_divides_by_the_root_mean_square_in_at_least_fp32() -> None:
     x, scale = randn(3, 5, 16), randn(16, seed=1)
     agree(lambda x, s: (rms_norm(x, s),),
           lambda x, s: (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * s,), x, scale)
-    half = (1e3 * x).to(torch.bfloat16)
-    close(rms_norm(half, scale.float()), rms_norm(half.double(), scale).to(torch.bfloat16), 5e-3)
+    x, scale = (1e3 * randn(64, 48)).to(torch.bfloat16), randn(48, seed=1).float()
+    once = rms_norm(x.double(), scale.double()).to(torch.bfloat16)
+    assert (rms_norm(x, scale) == once).double().mean() > 0.99            # rounding twice would change a quarter
 
 
 def plain_cross_entropy(x: Tensor, table: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor]:
