@@ -39,7 +39,7 @@ def name(features: frozenset[str]) -> str:
 
 def passes(parts: Parts, micros: int) -> Result:
     """Forward and backward over this rank's share of the same micro-batches, gradients summed."""
-    batch = [tiny.micro(ROWS, LENGTH, seed) for seed in range(micros)]
+    batch = [tiny.micro(ROWS, LENGTH, seed).to(parts.mesh.device) for seed in range(micros)]
     result = parts.pipe(batch[parts.mesh.dp_rank::parts.mesh.dp])
     parts.sums()
     return result
@@ -54,15 +54,15 @@ def differences(rank: int, n: int, cells: list[tuple[str, str, str]], parallel: 
     return [f"{'/'.join(cell)}: {d}" for cell in cells for d in compare(rank, n, cell, parallel)]
 
 
-def compare(rank: int, n: int, cell: tuple[str, str, str], parallel: Parallel) -> list[str]:
+def compare(rank: int, n: int, cell: tuple[str, str, str], parallel: Parallel, device: torch.device = CPU) -> list[str]:
     cfg = tiny.config(*cell)
-    mesh = Mesh(parallel, CPU, rank, n)
-    one = build(cfg, Mesh(Parallel(), CPU), seed=3, dtype=torch.float64)
+    mesh = Mesh(parallel, device, rank, n)
+    one = build(cfg, Mesh(Parallel(), device), seed=3, dtype=torch.float64)
     many = build(cfg, mesh, seed=3, dtype=torch.float64)
     want, got = (passes(parts, mesh.dp * max(2, mesh.pp)) for parts in (one, many))
     # Everything but the stages' own share is a sum over dp; loss and likelihood stand on the last stage only.
     sums = torch.stack([got.loss / mesh.tp, got.nll / mesh.tp, got.count / mesh.tp])
-    load = torch.stack([s.load.sum() for s in got.stats]).sum() if got.stats else torch.zeros(())
+    load = torch.stack([s.load.sum() for s in got.stats]).sum() if got.stats else torch.zeros((), device=device)
     sums = torch.cat([sums, load.double().view(1)])
     torch.distributed.all_reduce(sums)
     sent = sum(s.load.sum() for s in want.stats)
