@@ -1,6 +1,7 @@
 """The demo in small: it runs to its end, shows what it claims, and says so in a sentence where it cannot."""
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,13 @@ def test_without_its_examples_the_demo_says_where_to_run_it(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [
-    ("demo", 1e6, 3e6), ("hybrid-100m", 100e6, 150e6), ("dense-1b", 1.10e9, 1.12e9)])
-def test_the_example_runs_are_sound_and_of_the_size_they_claim(name: str, low: float, high: float):
-    run = config.load(EXAMPLES / f"{name}.toml")
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_example_runs_are_sound_and_of_the_size_in_their_name(path: Path):
+    run = config.load(path)
     config.check(run, 1)
-    assert low < parameters(run.model)[0] < high
-    assert all(path.stem in ("demo", "hybrid-100m", "dense-1b") for path in EXAMPLES.glob("*.toml"))
+    if size := re.search(r"-(\d+)([mb])$", path.stem):
+        named = int(size[1]) * {"m": 1e6, "b": 1e9}[size[2]]
+        assert named <= parameters(run.model)[0] < 1.5 * named
 
 
 def test_the_demo_run_fits_its_four_processes():
