@@ -38,7 +38,7 @@ def clean_then_broken(rank: int, n: int, mutate: Callable[[], None], cell: Cell,
 
 def differences(mutate: Callable[[], None], cell: Cell, layout: Parallel) -> set[str]:
     """What any rank sees after the mutation: names of gradients, loss, likelihood, count, load."""
-    results = ranks.run(2, clean_then_broken, mutate, cell, layout, timeout=60)
+    results = ranks.run(2, clean_then_broken, mutate, cell, layout)
     assert not any(clean for clean, _ in results)
     lines = {line for _, broken in results for line in broken}
     return {line.split(" is off")[0].removeprefix("gradient of ") if "gradient" in line else line.split()[0]
