@@ -13,7 +13,7 @@ help:  ## this list
 
 venv: .venv/done  ## .venv with stepladder, editable, in the versions of constraints.txt
 
-demo: .venv/done  ## prepare, train, kill, resume, split over four processes and sample: about three minutes
+demo: .venv/done  ## prepare, train, kill, resume, split over four processes and sample: some three minutes
 	@$(BIN)/stepladder demo
 
 test: .venv/done  ## the whole CPU suite
