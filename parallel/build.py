@@ -44,7 +44,7 @@ def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch
           compiled: bool = False) -> Parts:
     """Weights of at least fp32, computing in `dtype`. recompute: none, token, channel or both."""
     # Making a group is collective: every stage makes them all, in one order, also those of layers it does not hold.
-    mesh.connect(d.pieces(mesh.tp) for d in declared(skeleton(cfg)).values() if d.tp is not None)
+    mesh.connect(declared(skeleton(cfg)).values())
     decoder = skeleton(cfg, spans(cfg.layers, mesh.pp)[mesh.pp_rank])
     decls = declared(decoder)
     init.split(decoder, mesh)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from stepladder.model.leaf import Decl
 from stepladder.parallel.support import Parallel
 
 
@@ -74,9 +75,11 @@ class Mesh:
         return self._view((self.pp, r, self.dp // r, self.tp), ("pp", "replicate", "shard", "tp"))
 
     @cached_property
-    def flat(self) -> DeviceMesh:
-        """(pp, dp, tp)"""
-        return self._view((self.pp, self.dp, self.tp), ("pp", "dp", "tp"))
+    def data(self) -> DeviceMesh:
+        """(dp,); a view of its own only under HSDP: every view costs communicators."""
+        if self.layout.dp_replicate == 1:
+            return self.dense["shard"]
+        return self._view((self.pp, self.dp, self.tp), ("pp", "dp", "tp"))["dp"]
 
     @cached_property
     def expert(self) -> DeviceMesh:
@@ -99,16 +102,22 @@ class Mesh:
     def _view(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         return DeviceMesh(self.device.type, torch.arange(self.size).view(shape), mesh_dim_names=names)
 
-    def connect(self, pieces: Iterable[int]) -> None:
-        """Make every group there is; `pieces` are the numbers of slices that parameters are cut into over tp."""
-        if not self.alone:
-            _ = self.dense, self.flat, self.expert
-            for n in sorted(set(pieces) - {self.tp}):
-                self.units(n)
+    def connect(self, decls: Iterable[Decl]) -> None:
+        """Make every group that parameters declared so will need. Collective: all ranks, the same whole model."""
+        if self.alone:
+            return
+        every = list(decls)
+        _ = self.dense, self.data
+        if any(d.ep is not None for d in every):
+            _ = self.expert
+        for pieces in sorted({d.pieces(self.tp) for d in every if d.tp is not None} - {self.tp}):
+            self.units(pieces)
 
     def group(self, name: str) -> dist.ProcessGroup:
         """Process group of one axis: pp, dp, tp, ep or edp."""
-        return (self.expert if name in ("ep", "edp") else self.flat)[name].get_group()
+        if name == "dp":
+            return self.data.get_group()
+        return (self.expert if name in ("ep", "edp") else self.dense)[name].get_group()
 
     @property
     def alone(self) -> bool:

@@ -49,7 +49,7 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
         else:
             dims[p], sharded[name] = dim, dim
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
-    dense_mesh = mesh.dense["replicate", "shard"] if mesh.layout.dp_replicate > 1 else mesh.flat["dp"]
+    dense_mesh = mesh.dense["replicate", "shard"] if mesh.layout.dp_replicate > 1 else mesh.data
 
     def apply(module: nn.Module, over: object, reshard: bool) -> None:
         fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored,  # pyright: ignore

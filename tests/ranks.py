@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp",
-                                 "torch.distributed.checkpoint", "torch.distributed.pipelining", "torch._dynamo"])
+# A preload that cannot be imported is skipped without a word, and every rank then spends a second or two on imports.
+_context.set_forkserver_preload([
+    "torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
+    "torch.distributed.pipelining", "torch._dynamo", "pytest", "stepladder.parallel.optimizer",
+    "stepladder.parallel.checkpoint", "stepladder.launch.train", "stepladder.model.token.attention",
+    "stepladder.model.token.gla", "stepladder.model.channel.moe", "stepladder.model.channel.swiglu"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")            # read by the server's OpenMP; busy pools thrash two cores
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -51,12 +51,16 @@ def whole(t: torch.Tensor) -> torch.Tensor:
 
 def differences(rank: int, n: int, cells: list[tuple[str, str, str]], parallel: Parallel) -> list[str]:
     """What differs on this rank between one rank and `n`, for every cell."""
-    return [f"{'/'.join(cell)}: {d}" for cell in cells for d in compare(rank, n, cell, parallel)]
+    mesh = Mesh(parallel, CPU, rank, n)
+    return [f"{'/'.join(cell)}: {d}" for cell in cells for d in on_mesh(mesh, cell)]
 
 
-def compare(rank: int, n: int, cell: tuple[str, str, str], parallel: Parallel, device: torch.device = CPU) -> list[str]:
-    cfg = tiny.config(*cell)
-    mesh = Mesh(parallel, device, rank, n)
+def compare(rank: int, n: int, cell: tuple[str, str, str], parallel: Parallel) -> list[str]:
+    return on_mesh(Mesh(parallel, CPU, rank, n), cell)
+
+
+def on_mesh(mesh: Mesh, cell: tuple[str, str, str]) -> list[str]:
+    cfg, device = tiny.config(*cell), mesh.device
     one = build(cfg, Mesh(Parallel(), device), seed=3, dtype=torch.float64)
     many = build(cfg, mesh, seed=3, dtype=torch.float64)
     want, got = (passes(parts, mesh.dp * max(2, mesh.pp)) for parts in (one, many))

@@ -1,4 +1,4 @@
-"""n GPUs equal one, over NCCL, in double precision: the cells of tests/test_parity.py for every listed layout that fits.
+"""n GPUs equal one, over NCCL, in double precision: cells of tests/test_parity.py for every listed layout that fits.
 
     torchrun --nproc-per-node 4 tests/bench/nccl_parity.py
 """
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import test_parity  # noqa: E402
+import test_parity
 
-from stepladder.parallel.support import LAYOUTS  # noqa: E402
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.support import LAYOUTS
 
 
 def main() -> None:
@@ -29,8 +30,9 @@ def main() -> None:
         if n != size:
             continue
         began, cells, wrong = time.perf_counter(), test_parity.sample(features)[:3], []
+        mesh = Mesh(parallel, device, rank, size)      # one a layout: every mesh holds communicators until the end
         for cell in cells:
-            wrong += test_parity.compare(rank, size, cell, parallel, device)
+            wrong += test_parity.on_mesh(mesh, cell)
         count = torch.tensor(len(wrong), device=device)
         dist.all_reduce(count)
         failed += int(count)
