@@ -32,12 +32,12 @@ models
 EXAMPLES = {
     "stepladder": """\
   stepladder prepare books/ --train-tokenizer 8192 --out data/books
-  stepladder train run.toml --run runs/first
+  stepladder train run.toml --folder runs/first
   stepladder generate runs/first --prompt "It was"
   stepladder COMMAND --help""",
     "train": """\
   stepladder train run.toml
-  stepladder train run.toml train.steps=100 optimizer.lr=1e-3 --run runs/short
+  stepladder train run.toml train.steps=100 optimizer.lr=1e-3 --folder runs/short
   torchrun --nproc-per-node 8 -m stepladder.launch.cli train run.toml parallel.tp=2""",
     "prepare": """\
   stepladder prepare books/ --train-tokenizer 8192 --out data/books
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         flags(command)
         command.set_defaults(program=program)
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train":    # argparse takes no overrides after a flag: train run.toml --run DIR train.steps=9
+    if args.command == "train":    # argparse takes no overrides after a flag: train run.toml --folder DIR train.steps=9
         args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in args.overrides]
     if rest:
@@ -133,7 +133,8 @@ def _support(args: argparse.Namespace) -> None:
 def _train(p: argparse.ArgumentParser) -> None:
     p.add_argument("config", metavar="RUN.toml", help="the run; see examples/")
     p.add_argument("overrides", metavar="section.key=value", nargs="*", help="replace values of the file")
-    p.add_argument("--run", metavar="DIR", help="folder for checkpoints, metrics and logs (default: runs/NAME OF FILE)")
+    p.add_argument("--folder", dest="run", metavar="DIR",
+                   help="folder for checkpoints, metrics and logs (default: runs/NAME OF FILE)")
     p.add_argument("--resume", choices=("auto", "never", "must"), default="auto",
                    help="auto: from the newest checkpoint, if any; must: never start afresh (default: auto)")
     p.add_argument("--steps-now", metavar="N", type=_count, help="stop after N more steps, with a checkpoint")

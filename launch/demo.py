@@ -16,8 +16,7 @@ from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CLI = [sys.executable, "-m", "stepladder.launch.cli"]
-# The bare -- keeps torchrun from reading our --run as the beginning of its own --run-path.
-FOUR = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "--", CLI[2]]
+FOUR = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", CLI[2]]
 MADE_HERE = "made by stepladder demo"     # a file of this name: the folder may be made anew
 TOGETHER = 10                             # steps on four processes
 ROUNDING = 1e-3                           # nats; fp32 sums in another order differ by less
@@ -52,16 +51,16 @@ def walk(out: Path, config: Path, corpus: Path) -> None:
     _title("2  train, and kill -9 half-way")
     every = settings["checkpoint"]["every"]
     halfway = settings["train"]["steps"] // 2 // every * every + every // 2      # between two checkpoints
-    killed = _train_until(halfway, one, [*CLI, "train", config, "--run", one, shards])
+    killed = _train_until(halfway, one, [*CLI, "train", config, "--folder", one, shards])
     print(f"\nkilled, with no chance to save, after step {max(killed)}")
     shutil.copytree(one / "checkpoints", four / "checkpoints")
 
     _title("3  resume from the newest checkpoint")
-    _call(CLI, "train", config, "--run", one, shards, "--resume", "must")
+    _call(CLI, "train", config, "--folder", one, shards, "--resume", "must")
     print(f"\n{same_bits(killed, _records(one))}")
 
     _title("4  the same checkpoint on 4 processes: 2 tensor-parallel x 2 pipeline stages")
-    _call(FOUR, "train", config, "--run", four, shards, "--resume", "must", "--steps-now", TOGETHER,
+    _call(FOUR, "train", config, "--folder", four, shards, "--resume", "must", "--steps-now", TOGETHER,
           "parallel.tp=2", "parallel.pp=2", f"data.rows={settings['data']['rows'] // 2}", "train.log_every=1",
           threads=1)
     print(f"\n{same_but_rounding(_records(four), _records(one))}")

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     """Write args.out from args.run. The file's metadata holds the resolved configuration (TOML) and the step."""
     source, target = Path(args.run), Path(args.out)
     if target.exists():
-        raise CheckpointError(f"{target} exists already; remove it or choose another --out")
+        raise CheckpointError(f"{target} exists already; remove it or choose another name")
     path = Store(source, note=print).newest()
     if path is None:
         raise CheckpointError(f"{source} holds no checkpoint (looked for {source / 'checkpoints' / 'step-*'})")

@@ -169,11 +169,11 @@ def find(source: Path) -> Path:
             raise CheckpointError(f"{reason}; choose another checkpoint, or the run folder for the newest sound one")
         return source
     if not source.is_dir():
-        raise CheckpointError(f"{source}: no such folder; give the --run folder of `stepladder train`, or a checkpoint")
+        raise CheckpointError(f"{source}: no such folder; give the folder of a run, or a checkpoint")
     path = Store(source, note=_note).newest()
     if path is None:
         raise CheckpointError(f"{source} holds no checkpoint (looked for {source / 'checkpoints' / 'step-*'}); "
-                              "give the --run folder of `stepladder train`, or a checkpoint")
+                              "give the folder of a run, or a checkpoint")
     return path
 
 
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     path = find(Path(args.run))
     about = meta(path)
     made = config.parse(tomllib.loads(about["config"]))
-    words = tokenizer.load(args.tokenizer) if args.tokenizer else _tokenizer(made.data)
+    words = tokenizer.load(args.tokenizer) if args.tokenizer else _tokenizer(path, made.data)
     prompts = [words.encode(text).tolist() for text in texts]
     check(made.model, prompts, args.tokens)
     decoder = restore(path, made.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -234,8 +234,11 @@ def _prompts(given: Sequence[str], file: str | None) -> list[str]:
     return texts
 
 
-def _tokenizer(data: config.Data) -> Tokenizer:
-    """The one beside the run's shards; all sources have the same."""
+def _tokenizer(checkpoint: Path, data: config.Data) -> Tokenizer:
+    """The copy in the run folder; for a checkpoint that has left its run, the one beside the run's shards."""
+    run = checkpoint.parent.parent
+    if (run / tokenizer.FILE).is_file():
+        return tokenizer.load(run)
     name, source = next(iter(data.sources.items()))
     try:
         return Corpus(source.shards).tokenizer()

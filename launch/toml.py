@@ -92,6 +92,8 @@ SCALARS = {int: "an integer", float: "a finite number", str: "a string", bool: "
 def _scalar(kind: type, value: Any, path: str) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is int and value is True and path.endswith(".ahead"):      # one block ahead is what pre-gating means
+        value = 1
     if type(value) is not kind or (kind is float and not math.isfinite(value)):    # type(): isinstance(True, int) holds
         raise wrong_type(path, value, SCALARS[kind])
     return value

@@ -100,7 +100,7 @@ class Trainer:
         if newest is None and resume == "must":
             raise CheckpointError(f"{self.folder} has no checkpoint to resume from; drop --resume must to start afresh")
         if resume == "never" and self.store.newest() is not None:
-            raise CheckpointError(f"{self.folder} holds checkpoints already; give another folder with --run, "
+            raise CheckpointError(f"{self.folder} holds checkpoints already; give another folder with --folder, "
                                   "or resume with --resume auto")
         return newest
 
@@ -296,7 +296,9 @@ def run(args: argparse.Namespace) -> int:
         w.connect(w.device(config.derived(chosen, w.size).device))
         trainer = Trainer(chosen, folder, w, args.resume)
         try:
-            (folder / "config.toml").write_text(config.dump(chosen)) if w.main else None
+            if w.main:
+                (folder / "config.toml").write_text(config.dump(chosen))
+                trainer.loader.tokenizer.save(folder)             # the run can be sampled without its shards
             with _profiled(args.profile, folder, w.rank):
                 trainer.steps(args.steps_now)
         finally:
@@ -309,5 +311,3 @@ def run(args: argparse.Namespace) -> int:
     if dist.is_initialized() and w.launcher != "given":
         dist.destroy_process_group()
     return 0
-
-

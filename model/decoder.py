@@ -192,5 +192,3 @@ def skeleton(cfg: ModelConfig, span: range | None = None) -> Decoder:
     """The module tree without memory for its weights."""
     with torch.device("meta"):
         return Decoder(cfg, span)
-
-

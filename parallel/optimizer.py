@@ -137,4 +137,3 @@ class Optimizer:
         """Name -> declared shape of everything state() holds."""
         return {key: self.parts.decls[name].shape if (name := key.rpartition("/")[2]) in self.parts.decls else ()
                 for key in self.state()}
-

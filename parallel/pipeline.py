@@ -152,5 +152,3 @@ class Pipe:
         logits = torch.empty(B, T // self.mesh.tp, experts, dtype=torch.promote_types(dtype, torch.float32),
                              device="meta", requires_grad=True)
         return (h, h, *[logits] * routes(cfg, layer))
-
-

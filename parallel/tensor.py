@@ -20,6 +20,9 @@ from torch.nn import functional as F
 from stepladder.model.residual import Pending, Ready
 
 Group = dist.ProcessGroup
+# torch 2.13 renames these two and warns of the old names.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class InFlight(NamedTuple):
@@ -36,7 +39,7 @@ class InFlight(NamedTuple):
 def gather(x: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
     """x (B, t, D) of every rank -> (n, B, t, D), still in flight."""
     out = x.new_empty(dist.get_world_size(group), *x.shape)
-    work = dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=group, async_op=True)
+    work = _all_gather_single(out.flatten(0, 1), x.contiguous(), group=group, async_op=True)
     assert work is not None
     return out, work
 
@@ -46,7 +49,7 @@ def scatter(y: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
     n = dist.get_world_size(group)
     parts = y.unflatten(1, (n, -1)).transpose(0, 1).contiguous()
     out = torch.empty_like(parts[0])
-    work = dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group, async_op=True)
+    work = _reduce_scatter_single(out, parts.flatten(0, 1), group=group, async_op=True)
     assert work is not None
     return out, work
 

@@ -52,14 +52,14 @@ def test_every_command_has_an_example_that_parses():
 
 
 def test_overrides_may_stand_before_and_after_flags():
-    args = cli.parse(["train", "run.toml", "train.steps=3", "--run", "there", "data.seq=8", "--steps-now", "2"])
+    args = cli.parse(["train", "run.toml", "train.steps=3", "--folder", "there", "data.seq=8", "--steps-now", "2"])
     assert args.overrides == ["train.steps=3", "data.seq=8"]
     assert (args.config, args.run, args.steps_now, args.resume) == ("run.toml", "there", 2, "auto")
 
 
 @pytest.mark.parametrize(("args", "sentence"), [
     (["train", "run.toml", "--rum", "x=1"], "stepladder train: error: unknown arguments --rum"),
-    (["train", "run.toml", "--run", "x", "steps"], "stepladder train: error: unknown arguments steps"),
+    (["train", "run.toml", "--folder", "x", "steps"], "stepladder train: error: unknown arguments steps"),
     (["train", "run.toml", "--steps-now", "0"], "argument --steps-now: 0 must be an integer, at least 1"),
     (["generate", "run", "--top-p", "1.5"], "argument --top-p: 1.5 must be a number above 0 and at most 1"),
     (["generate", "run", "--temperature", "nan"], "argument --temperature: nan must be a number, 0 or more"),

@@ -220,7 +220,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
     shards = corpora.corpus(folder / "shards", corpora.texts(60))
     (folder / "run.toml").write_text(RUN.replace("SHARDS", str(shards)))
-    command = [sys.executable, "-m", "stepladder.launch.cli", "train", "run.toml", "--run", "run"]
+    command = [sys.executable, "-m", "stepladder.launch.cli", "train", "run.toml", "--folder", "run"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
