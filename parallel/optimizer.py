@@ -86,7 +86,7 @@ class Optimizer:
         self.adam.zero_grad()
         for layer, mixer in self.moe.items():
             if mixer.spec.bias_rate:
-                mixer.rebalance(report.load[self.routed.index(layer)][:mixer.spec.experts])
+                mixer.rebalance(report.load[self.routed.index(layer)][:mixer.spec.experts] * (1 - bad))
         return report._replace(skipped=self.skipped.clone(), streak=self.streak.clone())
 
     @torch.no_grad()

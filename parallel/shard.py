@@ -11,6 +11,7 @@ split by ep                         edp, the ranks that hold the same experts; n
 """
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 
 import torch
@@ -48,6 +49,8 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
             ignored.add(p)
         else:
             dims[p], sharded[name] = dim, dim
+    # Outputs are read, summed and sent, never written in place (Comm.leave): what this warns of cannot happen.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
     dense_mesh = mesh.dense["replicate", "shard"] if mesh.layout.dp_replicate > 1 else mesh.data
 

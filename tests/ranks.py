@@ -33,7 +33,7 @@ def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> lis
         for rank in range(n):
             ours, theirs = _context.Pipe(duplex=False)
             work = (theirs, rank, n, Path(folder) / "rendezvous", fn, args)
-            p = _context.Process(target=_rank, args=work, daemon=True)
+            p = _context.Process(target=_rank, args=work)      # not a daemon: a rank may start data workers
             p.start()
             theirs.close()
             pipes.append(ours)

@@ -1,0 +1,262 @@
+"""A run that dies and starts again is, bit for bit, the run that never died; another layout goes on where it stood."""
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import corpora
+import pytest
+import ranks
+import tiny
+import torch
+
+from stepladder.launch import cli
+from stepladder.parallel import checkpoint
+from stepladder.parallel.build import build
+from stepladder.parallel.checkpoint import Store
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.optimizer import Optimizer, Report
+from stepladder.parallel.support import Parallel
+
+STEPS, EVERY = 12, 3
+RUN = f"""
+[model]
+vocab = 260
+width = 32
+layers = 4
+pattern = ["gla", "full"]
+[model.blocks.gla]
+token = {{ kind = "gla", heads = 2, key_dim = 8, value_dim = 8 }}
+channel = {{ kind = "moe", experts = 4, top_k = 2, hidden = 16, ahead = true, bias_rate = 0.01 }}
+lag = [1, 1]
+[model.blocks.full]
+token = {{ kind = "attention", heads = 4, kv_heads = 2, head_dim = 8 }}
+channel = {{ kind = "swiglu", hidden = 32 }}
+lag = [0, 1]
+[data]
+seq = 32
+batch_tokens = 512
+rows = 4
+lanes = 4
+workers = WORKERS
+[data.sources.small]
+shards = "SHARDS"
+[train]
+steps = {STEPS}
+device = "cpu"
+dtype = "fp32"
+[optimizer]
+lr = 1e-2
+warmup_steps = 2
+[checkpoint]
+every = {EVERY}
+keep_last = 20
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    shards = corpora.corpus(folder / "shards", corpora.texts(200))
+    for workers in (0, 1):
+        text = RUN.replace("SHARDS", str(shards)).replace("WORKERS", str(workers))
+        (folder / f"run{workers}.toml").write_text(text)
+    return folder
+
+
+def train(config: Path, run: Path, *more: str) -> int:
+    """`stepladder train` in this process, its words kept back."""
+    with redirect_stdout(io.StringIO()):
+        return cli.main(["train", str(config), "--folder", str(run), *more])
+
+
+def records(run: Path) -> dict[int, dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return {r["step"]: r for r in map(json.loads, (line for line in lines if line.endswith("\n")))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    """The run that never dies."""
+    _alone(folder / "run0.toml", folder / "whole")
+    return folder / "whole"
+
+
+def _alone(config: Path, run: Path, *more: str) -> None:
+    ranks.run(1, lambda_train, config, run, more)
+
+
+def lambda_train(rank: int, n: int, config: Path, run: Path, more: tuple[str, ...] = ()) -> None:
+    assert train(config, run, *more) == 0
+
+
+def killed(target: Callable[..., None], *args: Any, when: Callable[[], bool]) -> None:
+    """Runs target in a process of its own and kills it with SIGKILL as soon as `when` holds."""
+    process = ranks._context.Process(target=target, args=args)
+    process.start()
+    assert process.pid is not None
+    end = time.monotonic() + 60
+    while not when():
+        assert process.is_alive(), "it ended by itself"
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def in_a_step(config: Path, run: Path, at: int) -> None:
+    """Trains; stops dead between the backward pass and the update of step `at`, having said so."""
+    update = Optimizer.step
+
+    def step(self: Optimizer, *args: Any, **kw: Any) -> Report:
+        if int(self.steps) == at - 1:
+            (run / "now").touch()
+            time.sleep(60)
+        return update(self, *args, **kw)
+
+    torch.set_num_threads(1)
+    Optimizer.step = step
+    train(config, run)
+
+
+def in_a_save(config: Path, run: Path, at: int) -> None:
+    """Trains; the save of step `at` stops dead when its files are written but not published."""
+    publish = Store._publish
+
+    def slow(self: Store, step: int, *args: Any, **kw: Any) -> Any:
+        if step == at:
+            (run / "now").touch()
+            time.sleep(60)
+        return publish(self, step, *args, **kw)
+
+    torch.set_num_threads(1)
+    Store._publish = slow
+    train(config, run)
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    path = run / "checkpoints" / f"step-{step:08d}"
+    state = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.names(path).items()}
+    checkpoint.fill(path, state)
+    return state
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("death", "at"), [(in_a_step, 5), (in_a_step, 10), (in_a_save, 6)])
+def test_a_killed_run_goes_on_bitwise(folder: Path, undisturbed: Path, death: Callable[..., None], at: int,
+                                      workers: int) -> None:
+    run, config = folder / f"{death.__name__}-{at}-{workers}", folder / f"run{workers}.toml"
+    killed(death, config, run, at, when=(run / "now").exists)
+    left = checkpoint.steps(run / "checkpoints")
+    assert [p.name for p in left] == [f"step-{s:08d}" for s in range((at - 1) // EVERY * EVERY, 0, -EVERY)]
+    _alone(config, run, "--resume", "must")
+    ours, theirs = records(run), records(undisturbed)
+    assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
+    for key in ("loss", "grad_norm", "lr", "tokens", "load", "entropy"):
+        assert [r[key] for r in ours.values()] == [r[key] for r in theirs.values()], key
+    ends = tensors(run, STEPS), tensors(undisturbed, STEPS)
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(a, ends[1][name]) for name, a in ends[0].items())
+
+
+def test_a_prefetched_batch_does_not_reach_the_checkpoint(folder: Path, undisturbed: Path) -> None:
+    """The mutation: a cursor taken from the loader's own position, not from the batch, skips rows after a resume."""
+    run = folder / "greedy"
+    ranks.run(1, greedy, folder / "run0.toml", run)
+    _alone(folder / "run0.toml", run)
+    losses = [[r["loss"] for r in records(f).values()] for f in (run, undisturbed)]
+    assert losses[0][:EVERY] == losses[1][:EVERY]
+    assert losses[0][EVERY] != losses[1][EVERY]
+
+
+def greedy(rank: int, n: int, config: Path, run: Path) -> None:
+    from stepladder.launch.train import Trainer
+    save = Trainer.save
+
+    def ahead(self: Trainer) -> None:
+        self.cursor = next(self.loader).cursor            # the batch after the one that was trained on
+        save(self)
+
+    Trainer.save = ahead
+    lambda_train(rank, n, config, run, ("--steps-now", str(EVERY)))
+
+
+LAYOUTS = {"tp": Parallel(tp=2), "sp": Parallel(tp=2, sequence=True), "pp": Parallel(pp=2), "fsdp": Parallel(),
+           "ep": Parallel(ep=2), "ddp": Parallel(shard=False)}
+SAVED = 3
+
+
+def model(name: str, rank: int, n: int) -> Optimizer:
+    cfg = tiny.config("every", "between", "mixed")
+    parts = build(cfg, Mesh(LAYOUTS.get(name, Parallel()), torch.device("cpu"), rank, n), seed=5, dtype=torch.float64)
+    return Optimizer(parts, eps=1e-3)       # large: where a gradient is all but zero, Adam would amplify its rounding
+
+
+def step(optimizer: Optimizer, at: int) -> Report:
+    mesh = optimizer.parts.mesh
+    batch = [tiny.micro(2, 16, seed=10 * at + i) for i in range(4)]
+    result = optimizer.parts.pipe(batch[mesh.dp_rank::mesh.dp])
+    optimizer.parts.sums()
+    return optimizer.step(result, 1e-2)
+
+
+def write(rank: int, n: int, names: list[str], out: Path) -> None:
+    for name in names:
+        optimizer = model(name, rank, n)
+        for at in range(SAVED):
+            step(optimizer, at)
+        Store(out / name, background=False).save(SAVED, optimizer.state(), {}, shapes=optimizer.shapes())
+
+
+def read(rank: int, n: int, pairs: list[tuple[str, str]], out: Path) -> list[tuple[float, float, list[float]]]:
+    """Resumes each written checkpoint in each layout and takes the next step: loss, norm, an optimizer moment."""
+    found = []
+    for written, name in pairs:
+        optimizer, store = model(name, rank, n), Store(out / written)
+        path = store.newest()
+        assert path is not None
+        store.load(path, optimizer.state())
+        optimizer.loaded()
+        report = step(optimizer, SAVED)
+        state = optimizer.state()
+        moment = next((state[k] for k in sorted(state) if k.startswith("optimizer/exp_avg_sq/blocks.3.token.wq")),
+                      torch.zeros(()))
+        whole = moment.full_tensor() if hasattr(moment, "full_tensor") else moment  # pyright: ignore
+        found.append((float(report.loss), float(report.norm), whole.flatten().tolist()))
+    return found
+
+
+def test_every_layout_reads_every_others_checkpoint_and_takes_the_same_step(tmp_path: Path) -> None:
+    names = [*LAYOUTS]
+    ranks.run(2, write, names, tmp_path)
+    ranks.run(1, write, ["alone"], tmp_path)
+    ((loss, norm, moment),) = ranks.run(1, read, [("alone", "alone")], tmp_path)[0]
+    pairs = [*product(names, ["alone"])], [*product([*names, "alone"], names)]
+    for n, which in ((1, pairs[0]), (2, pairs[1])):
+        for rank, results in enumerate(ranks.run(n, read, which, tmp_path, timeout=240)):
+            for pair, (their_loss, their_norm, theirs) in zip(which, results, strict=True):
+                assert abs(their_loss / loss - 1) < 1e-10, pair
+                assert abs(their_norm / norm - 1) < 1e-10, pair
+                if not (pair[1] == "pp" and rank == 0):          # layer 3 is on the last stage
+                    assert theirs == pytest.approx(moment, rel=1e-8, abs=1e-14), pair
+
+
+def test_a_run_goes_on_over_other_ranks(folder: Path, undisturbed: Path) -> None:
+    """One rank, then two by data, two by tensor, and one again: the same losses but for rounding."""
+    run = folder / "moved"
+    for n, more in ((1, ()), (2, ()), (2, ("parallel.tp=2", "parallel.sequence=true")), (1, ())):
+        ranks.run(n, lambda_train, folder / "run0.toml", run, ("--steps-now", "3", *more))
+    ours, theirs = records(run), records(undisturbed)
+    assert list(ours) == list(theirs)
+    assert [r["loss"] for r in ours.values()][:3] == [r["loss"] for r in theirs.values()][:3]
+    for step_, r in ours.items():
+        assert abs(r["loss"] / theirs[step_]["loss"] - 1) < 1e-4, step_
