@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import zstandard
+try:
+    import zstandard
+except ImportError:              # plain text and JSONL need none
+    zstandard = None
 
 
 class Part(NamedTuple):
@@ -113,17 +116,24 @@ def _open(file: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]:
         if file.suffix != ".zst":
             yield raw, raw
             return
+        if zstandard is None:
+            raise ValueError(f"{file} needs package zstandard, which is not installed; install it or unpack the file")
         try:
             yield raw, io.BufferedReader(_Unpacked(raw), 1 << 20)
         except (zstandard.ZstdError, EOFError) as error:
             raise ValueError(f"{file}: not readable as zstd: {error}") from None
 
 
+def _decompressor():
+    assert zstandard is not None
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
 class _Unpacked(io.RawIOBase):
     """A zstd file unpacked. Unlike the library's own reader it does not take a truncated file for a shorter one."""
 
     def __init__(self, raw: io.BufferedReader):
-        self._raw, self._zstd, self._fed, self._ready = raw, zstandard.ZstdDecompressor().decompressobj(), False, b""
+        self._raw, self._zstd, self._fed, self._ready = raw, _decompressor(), False, b""
 
     def readable(self) -> bool:
         return True
@@ -132,7 +142,7 @@ class _Unpacked(io.RawIOBase):
         while not self._ready:
             data = self._zstd.unused_data if self._zstd.eof else b""
             if self._zstd.eof:
-                self._zstd, self._fed = zstandard.ZstdDecompressor().decompressobj(), False
+                self._zstd, self._fed = _decompressor(), False
             data = data or self._raw.read(1 << 18)
             if not data:
                 if self._fed:
