@@ -26,7 +26,7 @@ types: .venv/done  ## pyright
 	$(BIN)/pyright
 
 gpu-test:  ## the tests that need a GPU, with $GPU_PYTHON (python3) as it is
-	$(BARE) -m pytest -m gpu
+	$(BARE) -m pytest -m gpu $$(grep -l mark.gpu tests/*.py)
 
 bench:  ## the measurements of tests/bench, on a GPU machine, with $GPU_PYTHON as it is
 	$(BARE) tests/bench/dense.py
