@@ -40,6 +40,7 @@ class Parts:
         return label(local(piece), self.decls[name], self.mesh, self.sharded.get(name))
 
 
+@torch.inference_mode(False)         # weights are filled by threads, which would not know of it
 def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32, recompute: str = "none",
           compiled: bool = False) -> Parts:
     """Weights of at least fp32, computing in `dtype`. recompute: none, token, channel or both."""

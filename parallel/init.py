@@ -48,15 +48,18 @@ def split(model: Decoder, mesh: Mesh) -> None:
                     setattr(leaf, name, nn.Parameter(p.new_empty(shape), requires_grad=p.requires_grad))
 
 
-def values(name: str, decl: Decl, c: Cut | None, seed: int, dtype: torch.dtype) -> Tensor:
-    """This rank's slice of the initial value. Each expert has a seed of its own: others' experts are never made."""
+def values(name: str, decl: Decl, c: Cut | None, seed: int) -> Tensor:
+    """This rank's slice of the initial value, in fp32 whatever the weights are: a generator's numbers depend on the type.
+
+    Each expert has a seed of its own: others' experts are never made.
+    """
     if decl.ep is None:
-        whole = decl.init(torch.empty(decl.shape, dtype=dtype), _generator(f"{seed}/{name}"))
+        whole = decl.init(torch.empty(decl.shape), _generator(f"{seed}/{name}"))
         return whole if c is None else whole.chunk(c.pieces, c.dim)[c.index]
     assert decl.ep == 0
     n = decl.shape[0] // (c.pieces if c is not None else 1)
     held = range(n) if c is None else range(c.index * n, (c.index + 1) * n)
-    return torch.stack([decl.init(torch.empty(decl.shape[1:], dtype=dtype), _generator(f"{seed}/{name}/{e}"))
+    return torch.stack([decl.init(torch.empty(decl.shape[1:]), _generator(f"{seed}/{name}/{e}"))
                         for e in held])
 
 
@@ -68,7 +71,7 @@ def fill(model: Decoder, mesh: Mesh, seed: int) -> None:
         name, decl = item
         p = model.get_parameter(name)
         with torch.no_grad():
-            p.copy_(values(name, decl, cut(name, decl, mesh), seed, p.dtype))
+            p.copy_(values(name, decl, cut(name, decl, mesh), seed))
 
     with ThreadPoolExecutor(min(16, torch.get_num_threads())) as pool:
         list(pool.map(one, todo))

@@ -319,9 +319,20 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, trained, capsys):
     assert "checksum" in err
 
 
-def test_shards_that_are_gone_are_named_with_the_way_out(trained, capsys):
+def test_a_run_is_sampled_without_its_shards(trained, capsys):
     shards = trained.parent / "shards"
+    shards.rename(trained.parent / "away")
+    try:
+        assert generate(capsys, trained, "--prompt", "a", "--tokens", 9)[0] == 0
+    finally:
+        (trained.parent / "away").rename(shards)
+
+
+def test_shards_that_are_gone_are_named_with_the_way_out(trained, capsys):
+    shards, copy = trained.parent / "shards", trained / "tokenizer.json"
+    words = copy.read_bytes()
     shards.rename(trained.parent / "moved")
+    copy.unlink()
     try:
         flags = ("--prompt", "a", "--tokens", 9)
         code, _, err = generate(capsys, trained, *flags)
@@ -330,4 +341,5 @@ def test_shards_that_are_gone_are_named_with_the_way_out(trained, capsys):
         assert "give --tokenizer" in err
         assert generate(capsys, trained, *flags, "--tokenizer", trained.parent / "moved")[0] == 0
     finally:
+        copy.write_bytes(words)
         (trained.parent / "moved").rename(shards)
