@@ -49,7 +49,7 @@ def split(model: Decoder, mesh: Mesh) -> None:
 
 
 def values(name: str, decl: Decl, c: Cut | None, seed: int) -> Tensor:
-    """This rank's slice of the initial value, in fp32 whatever the weights are: a generator's numbers depend on the type.
+    """This rank's slice of the initial value, in fp32 whatever the weights are: random numbers depend on the type.
 
     Each expert has a seed of its own: others' experts are never made.
     """

@@ -122,7 +122,7 @@ def test_bf16_gradients_are_close_to_fp64() -> None:
     want_loss, want = gradients(parts(dense=True, dtype=torch.float64))
     assert abs(loss / want_loss - 1) < 1e-3
     flat = [torch.cat([g[k].flatten().double() for k in want]) for g in (got, want)]
-    assert error(*flat) < 2e-2
+    assert error(*flat) < 0.1                  # fp32's error, 2e-5 at most a weight, times bf16's coarser grain
 
 
 def test_compiled_equals_eager() -> None:
