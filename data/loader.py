@@ -155,14 +155,20 @@ def _start(cursor: Cursor | None, told: dict[str, Any], names: list[str], mine: 
         return {**told, "row": 0, "state": {str(lane): fresh(names) for lane in mine}}
     for key, value in told.items():
         if cursor.get(key) != value:
-            raise ValueError(f"the data cursor was made with {key} = {cursor.get(key)}, this run has {value}")
+            raise ValueError(
+                f"the data cursor was made with {key} = {cursor.get(key)}, this run has {value}; "
+                "change it back or start a new run folder"
+            )
     lost = [lane for lane in mine if str(lane) not in cursor["state"]]
     if lost:
         raise ValueError(f"the data cursor lacks lanes {lost} of this rank: merge the cursors of all dp ranks")
     state = {str(lane): cursor["state"][str(lane)] for lane in mine}
     known = list(next(iter(state.values()))["sources"])
     if sorted(known) != sorted(names):
-        raise ValueError(f"the data cursor was made with sources {known}, this run has {names}")
+        raise ValueError(
+            f"the data cursor was made with sources {known}, this run has {names}; "
+            "change them back or start a new run folder"
+        )
     return {**told, "row": cursor["row"], "state": state}
 
 

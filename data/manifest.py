@@ -85,11 +85,13 @@ def parse(data: bytes, where: str) -> Manifest:
         found = Manifest(**{key: table[key] for key in Manifest._fields if key != "shards"}, shards=shards)
         missing = {"name", "hash", "vocab", "eot"} - set(found.tokenizer)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where}: not a corpus manifest ({type(error).__name__}: {error})") from None
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: not a corpus manifest ({what}); prepare it again") from None
     if missing or found.dtype not in DTYPES:
-        raise ValueError(f"{where}: not a corpus manifest (tokenizer lacks {sorted(missing)}, dtype {found.dtype!r})")
+        told = f"tokenizer lacks {sorted(missing)}, dtype {found.dtype!r}, which must be {' or '.join(DTYPES)}"
+        raise ValueError(f"{where}: not a corpus manifest ({told}); prepare it again")
     if not found.tokens:
-        raise ValueError(f"{where}: the corpus has no documents")
+        raise ValueError(f"{where}: the corpus has no documents; prepare it from text that has some")
     return found
 
 

@@ -74,8 +74,8 @@ class Corpus:
     def tokenizer(self) -> tokenizer.Tokenizer:
         found = tokenizer.parse(self.fetch(tokenizer.FILE), self.url(tokenizer.FILE))
         if found.hash != self.manifest.tokenizer["hash"]:
-            told = self.manifest.tokenizer["hash"][:12]
-            raise ValueError(f"{self.url(tokenizer.FILE)}: hash {found.hash[:12]}, the manifest says {told}")
+            hashes = f"hash {found.hash[:12]}, the manifest says {self.manifest.tokenizer['hash'][:12]}"
+            raise ValueError(f"{self.url(tokenizer.FILE)}: {hashes}; copy both again, or prepare the corpus again")
         return found
 
     def check_sizes(self) -> None:
@@ -159,7 +159,11 @@ class Corpus:
                     continue
                 row = rows[int(name)]
                 if zlib.crc32(member["data"], zlib.crc32(tokens)) == row[Columns.CRC]:
-                    ids = np.frombuffer(tokens, np.dtype(self.manifest.dtype).newbyteorder("<"))
+                    kind = np.dtype(self.manifest.dtype).newbyteorder("<")
+                    if len(tokens) != row[Columns.TOKENS] * kind.itemsize:  # sound bytes, but of another dtype
+                        told = f"{row[Columns.TOKENS]} tokens of {self.manifest.dtype}"
+                        self._raise(shard, int(name), f"{len(tokens)} bytes where the manifest says {told},")
+                    ids = np.frombuffer(tokens, kind)
                     yield int(name), Block(ids, np.frombuffer(member["data"], "<i8").reshape(-1, 2))
         except (tarfile.TarError, EOFError, zlib.error):
             return

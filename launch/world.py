@@ -49,5 +49,9 @@ def find() -> World:
     if missing:
         raise ValueError(f"RANK = {os.environ['RANK']} is set but {' and '.join(missing)} not; "
                          "start with torchrun, or unset RANK to run alone")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), "torchrun")
+    told = {k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if k in os.environ}
+    if not all(v.isdecimal() for v in told.values()) or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+        raise ValueError(f"{', '.join(f'{k} = {v}' for k, v in told.items())} name no process of a group; "
+                         "start with torchrun, or unset RANK to run alone")
+    rank, size, local = int(told["RANK"]), int(told["WORLD_SIZE"]), int(told.get("LOCAL_RANK", told["RANK"]))
+    return World(rank, size, local, "torchrun")
