@@ -1,0 +1,472 @@
+"""Bad input, by the command line: one sentence that names the thing, both values and the way out, and exit code 2.
+
+Every kind of it is here, but for prompts that are empty, too long or not text, and runs that cannot be sampled: those
+are in test_generate.py. Bad arguments are in test_cli.py, bad text to prepare in test_prepare.py. Finer cases, one
+layer down, are in test_config.py, test_loader.py, test_shards.py and test_checkpoint_store.py.
+"""
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from corpora import corpus, texts
+
+from stepladder.data import tokenizer
+from stepladder.data.manifest import Columns
+from stepladder.data.shards import Corpus
+from stepladder.launch import cli, world
+from stepladder.parallel.checkpoint import Lock, valid
+
+RUN = """
+[model]
+vocab = 288           # the tokenizer has 257
+width = 16
+layers = 4
+pattern = ["gla", "full"]
+[model.blocks.gla]
+token = { kind = "gla", heads = 2, key_dim = 8, value_dim = 8 }
+channel = { kind = "moe", experts = 4, top_k = 2, hidden = 16, ahead = 1 }
+lag = [1, 1]
+[model.blocks.full]
+token = { kind = "attention", heads = 4, kv_heads = 2, head_dim = 8, max_length = 64 }
+channel = { kind = "swiglu", hidden = 16 }
+[data]
+seq = 32
+batch_tokens = 256
+rows = 2
+lanes = 4
+[data.sources.small]
+shards = "shards"
+[train]
+steps = 2
+device = "cpu"
+dtype = "fp32"
+[optimizer]
+lr = 1e-3
+"""
+FOLDER = Path("runs/run")    # where `stepladder train run.toml` writes, under tmp_path
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus(tmp_path_factory.mktemp("bad input") / "shards", texts(120))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder with run.toml and shards; what a run changes in its process is put back after it."""
+    shutil.copytree(prepared, tmp_path / "shards")
+    (tmp_path / "run.toml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str]):
+    """Runs `stepladder train run.toml ARGS` -> what it printed."""
+    def run(*args: str) -> str:
+        assert cli.main(["train", "run.toml", *args]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]):
+    """Runs `stepladder ARGS`, which must fail properly -> (its sentence, what it printed before)."""
+    def run(*args: str, prefix: str = "stepladder: ") -> tuple[str, str]:
+        assert cli.main(args) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(prefix)
+        assert err.endswith("\n")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+        return err.removeprefix(prefix).rstrip("\n"), out
+    return run
+
+
+@pytest.fixture
+def before_work(refused, monkeypatch: pytest.MonkeyPatch):
+    """As `refused`, for `train run.toml ARGS`: no step is made and nothing is saved. Gives the sentence."""
+    def run(*args: str, ranks: int = 1) -> str:
+        if ranks > 1:
+            for name, value in (("RANK", 0), ("WORLD_SIZE", ranks), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 1)):
+                monkeypatch.setenv(name, str(value))
+            monkeypatch.setattr(world.World, "connect", lambda *_: pytest.fail("the ranks would have been joined"))
+        sentence, out = refused("train", "run.toml", *args)
+        assert " loss " not in out
+        assert not list(FOLDER.glob("checkpoints/*"))
+        return sentence
+    return run
+
+
+# item of the list, processes, overrides, what the sentence says (in this order; the last is the way out)
+GLA, FULL = "model.blocks.gla", "model.blocks.full"
+SETTINGS: list[tuple[str, int, str, tuple[str, ...]]] = [
+    ("manifest missing", 1, "data.sources.small.shards=nowhere", ("nowhere/manifest.json", "stepladder prepare")),
+    ("vocabulary", 1, "model.vocab=256", ("257 ids", "model vocab = 256", "raise model.vocab")),
+    ("sequence beyond RoPE", 1, "data.seq=128", ("data.seq = 128", "max_length = 64", "shorten")),
+    ("unknown section", 1, "trian.steps=3", ("[trian]", "did you mean train?")),
+    ("unknown key", 1, "train.stpes=3", ("train.stpes", "did you mean steps?")),
+    ("unknown key of a mixer", 1, f"{FULL}.token.kvheads=2", (f"{FULL}.token.kvheads", "did you mean kv_heads?")),
+    ("unknown mixer", 1, f"{GLA}.token.kind=gal", (f"{GLA}.token.kind", '"gal"', "did you mean gla?")),
+    ("wrong type", 1, "train.steps=many", ("train.steps", '"many"', "must be an integer")),
+    ("missing key", 1, "data.sources.books.weight=1", ("data.sources.books.shards is missing",)),
+    ("out of range", 1, "data.heldout=1.5", ("data.heldout = 1.5", "must be at least 0 and below 1")),
+    ("heads, kv heads", 1, f"{FULL}.token.kv_heads=3", (f"{FULL}.token", "heads = 4", "kv_heads = 3")),
+    # Width and heads are independent here: head_dim is given, and odd ones are what RoPE cannot turn.
+    ("head width", 1, f"{FULL}.token.head_dim=7", (f"{FULL}.token", "head_dim = 7", "must be even")),
+    ("vocabulary by tp", 2, "parallel.tp=2 model.vocab=287", ("model.vocab = 287", "tp = 2", "round it up to 288")),
+    ("width by tp", 2, "parallel.tp=2 model.width=17", ("model.width = 17", "tp = 2", "change")),
+    ("heads by tp", 3, f"parallel.tp=3 model.vocab=288 model.width=48 {GLA}.token.heads=3 {FULL}.channel.hidden=18",
+     (f"{FULL}.token.heads = 4", "tp = 3", "change")),
+    ("hidden by tp", 2, f"parallel.tp=2 {FULL}.channel.hidden=15", (f"{FULL}.channel.hidden = 15", "tp = 2", "change")),
+    ("experts by ep", 3, "parallel.ep=3", (f"{GLA}.channel.experts = 4", "ep = 3", "divisor")),
+    ("layers by pp", 8, "parallel.pp=8", ("pp = 8", "layers = 4", "lower it")),
+    ("micro-batches by pp", 4, "parallel.pp=4 data.rows=4", ("batch_tokens = 256", "pp = 4", "set it to 512")),
+    ("pattern", 1, "model.pattern=['half']", ("model.pattern", "'half'", "gla, full")),
+    ("one pre-gated block", 1, "model.layers=2", ("ahead = 1", "only 1 in 2 layers", "set ahead = 0")),
+    ("unequal experts", 1, f"{FULL}.channel={{kind='moe',experts=8,top_k=1,hidden=8,ahead=1}}",
+     ("experts = 4", "experts = 8", "make them equal")),
+    ("top_k", 1, f"{GLA}.channel.top_k=5", (f"{GLA}.channel", "top_k = 5", "at most experts = 4")),
+    ("batch tokens", 1, "data.batch_tokens=200", ("batch_tokens = 200", "32 x 2 x 1 = 64", "set it to 192 or 256")),
+    ("lanes by dp", 2, "data.lanes=1", ("data.lanes = 1", "dp = 2", "set it to a multiple")),
+    ("more mesh than processes", 1, "parallel.tp=2", ("processes = 1", "= 2", "start a multiple of 2")),
+    ("processes that do not fill the mesh", 3, "parallel.tp=2", ("processes = 3", "= 2", "start a multiple of 2")),
+    ("copies by dp", 2, "parallel.dp_replicate=3", ("dp = 2", "dp_replicate = 3", "divisor of 2")),
+    ("unsupported layout", 8, "parallel.tp=2 parallel.ep=2 parallel.dp_replicate=2",
+     ("tp x ep x hsdp", "the nearest is ep x hsdp")),
+    ("unsupported model", 2, "parallel.pp=2 model.tied=true", ("tied with pp", "nearest supported layout is one rank")),
+    ("sequence parallel alone", 1, "parallel.sequence=true", ("sequence = true", "tp = 1", "set it to false")),
+    ("negative weight", 1, "data.sources.small.weight=-1", ("small.weight = -1.0", "must be 0 or more")),
+    ("no weight", 1, "data.sources.small.weight=0", ("none of the 1 sources", "raise a weight")),
+]
+
+
+@pytest.mark.parametrize(("ranks", "overrides", "says"), [case[1:] for case in SETTINGS],
+                         ids=[case[0] for case in SETTINGS])
+def test_a_setting_that_cannot_work_is_refused_in_one_sentence(before_work, ranks, overrides, says):
+    sentence = before_work(*overrides.split(), ranks=ranks)
+    at = [sentence.find(part) for part in says]
+    assert -1 not in at, sentence
+    assert at == sorted(at), sentence
+
+
+def test_a_missing_key_or_section_is_named(before_work):
+    Path("run.toml").write_text(RUN.replace("steps = 2\n", ""))
+    assert before_work() == "train.steps is missing"
+    Path("run.toml").write_text(RUN.partition("[optimizer]")[0])
+    assert before_work() == "section [optimizer] is missing"
+
+
+def test_a_run_file_that_is_not_there_or_not_toml_is_named(before_work):
+    Path("run.toml").write_text("[model\n")
+    assert before_work().startswith("run.toml is not a TOML file: ")
+    Path("run.toml").unlink()
+    assert before_work() == "run.toml: No such file or directory"
+
+
+@pytest.mark.parametrize(("env", "says"), [
+    ({"RANK": "0"}, "RANK = 0 is set but WORLD_SIZE and MASTER_ADDR and MASTER_PORT not; start with torchrun"),
+    ({"RANK": "7", "WORLD_SIZE": "2"}, "RANK = 7, WORLD_SIZE = 2 name no process of a group; start with torchrun"),
+    ({"RANK": "0", "WORLD_SIZE": "two"}, "RANK = 0, WORLD_SIZE = two name no process of a group; start with torchrun"),
+])
+def test_a_launcher_that_contradicts_itself_is_refused(refused, monkeypatch, env, says):
+    whole = env | ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} if len(env) > 1 else {})
+    for name, value in whole.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(world.World, "connect", lambda *_: pytest.fail("the ranks would have been joined"))
+    prefix = "stepladder: " if env["RANK"] == "0" else f"stepladder (rank {env['RANK']}): "
+    assert refused("train", "run.toml", prefix=prefix)[0].startswith(says)
+
+
+def test_a_gpu_that_is_not_there_is_not_waited_for(before_work, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert before_work("train.device=cuda").endswith('torch finds no GPU here; set it to "cpu" or "auto"')
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    sentence, _ = refused("train", "run.toml", "train.device=auto", prefix="stepladder (rank 1): ")
+    assert sentence.startswith("rank 1 is number 1 on this machine, which has 1 GPUs; start fewer processes here")
+
+
+# --- shards
+
+
+def change_manifest(**change: object) -> None:
+    table = json.loads(Path("shards/manifest.json").read_text())
+    Path("shards/manifest.json").write_text(json.dumps(table | change))
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """root may read everything, so the permission is taken away in the answer."""
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("00001.tar") and real(path, mode))
+
+
+SHARD = Path("shards/shard-00001.tar")
+
+
+@pytest.mark.parametrize(("harm", "says"), [
+    (lambda _: SHARD.unlink(), "cannot be read (No such file or directory) at byte 0; prepare or copy it again"),
+    (lambda _: os.truncate(SHARD, 0), "empty: 0 bytes, the manifest says "),
+    (lambda _: os.truncate(SHARD, 5000), "truncated: 5000 bytes, the manifest says "),
+    (forbid, "no permission to read it at byte 0; prepare or copy it again"),
+], ids=["missing", "empty", "truncated", "unreadable"])
+def test_a_shard_that_cannot_be_read_is_named_before_training(before_work, monkeypatch, harm, says):
+    harm(monkeypatch)
+    sentence = before_work()
+    assert sentence.startswith(f"{SHARD}: {says}")
+    assert sentence.endswith("prepare or copy it again, or set on_error to skip")
+
+
+def test_a_block_that_is_corrupt_inside_stops_the_run_or_is_skipped(refused, train):
+    block = Corpus("shards").manifest.shards[1].blocks[1]
+    data = bytearray(SHARD.read_bytes())
+    data[block[Columns.OFFSET] + 600] ^= 1
+    SHARD.write_bytes(data)
+    sentence, _ = refused("train", "run.toml", "train.steps=40")
+    assert sentence.startswith(f"{SHARD}: truncated or corrupt at byte {block[Columns.OFFSET]}; prepare or copy it")
+    train("train.steps=40", "data.on_error=skip")
+    assert json.loads(Path(FOLDER, "metrics.jsonl").read_text().splitlines()[-1])["skipped_shards"] == 1
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"dtype": "float"}, ("dtype 'float'", "uint16 or uint32", "prepare it again")),
+    ({"tokenizer": {"name": "bytes"}}, ("tokenizer lacks ['eot', 'hash', 'vocab']", "prepare it again")),
+    ({"format": 9}, ("format 9, not 1", "prepare the corpus again")),
+    ({"shards": []}, ("no documents", "prepare it")),
+], ids=["dtype", "tokenizer", "format", "empty"])
+def test_a_manifest_that_cannot_be_used_is_refused(before_work, change, says):
+    change_manifest(**change)
+    sentence = before_work()
+    assert sentence.startswith("shards/manifest.json: ")
+    assert all(part in sentence for part in says), sentence
+
+
+def test_tokens_of_another_dtype_than_the_manifests_are_not_read(refused):
+    """Four bytes for two: half as many tokens, most of them no token of anything."""
+    change_manifest(dtype="uint32")
+    sentence, out = refused("train", "run.toml")
+    assert " bytes where the manifest says " in sentence
+    assert " tokens of uint32, at byte " in sentence
+    assert " loss " not in out
+
+
+def test_a_tokenizer_that_is_not_the_manifests_is_refused(before_work):
+    tokenizer.train_bpe(["abc"], 280).save("shards")
+    sentence = before_work()
+    assert sentence.startswith("shards/tokenizer.json: hash ")
+    assert ", the manifest says " in sentence
+    assert sentence.endswith("; copy both again, or prepare the corpus again")
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "dtype"])
+def test_sources_of_another_tokenizer_or_dtype_are_refused(before_work, key):
+    shutil.copytree("shards", "other")
+    change_manifest(**{"tokenizer": {"name": "bpe-300", "hash": "f" * 64, "vocab": 280, "eot": 0}}
+                    if key == "tokenizer" else {"dtype": "uint32"})
+    sentence = before_work("data.sources.other.shards=other")
+    assert sentence.startswith(f"sources 'small' and 'other' have different {key}s, ")
+    assert all(part in sentence for part in (("bpe-300 ", "bytes ") if key == "tokenizer" else ("uint32", "uint16")))
+    assert sentence.endswith("prepare one with --tokenizer shards/tokenizer.json")
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (("inspect", "nowhere"), "nowhere/manifest.json: cannot be read"),
+    (("prepare", "nowhere.txt", "--out", "new"), "nowhere.txt: no such file or folder"),
+    (("prepare", "run.toml", "--out", "new", "--tokenizer", "nowhere"), "nowhere: no such tokenizer; give `bytes`"),
+], ids=" ".join)
+def test_other_programs_refuse_what_is_not_there(refused, args, says):
+    assert refused(*args)[0].startswith(says)
+
+
+# --- run folders and checkpoints
+
+
+def saved() -> list[str]:
+    return sorted(path.name for path in FOLDER.glob("checkpoints/*"))
+
+
+def records() -> list[dict]:
+    return [json.loads(line) for line in Path(FOLDER, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("content", ["nothing", "no folder", "files of another program"])
+def test_a_folder_without_checkpoints_cannot_be_resumed(before_work, content):
+    if content != "no folder":
+        FOLDER.mkdir(parents=True)
+    if content.startswith("files"):
+        Path(FOLDER, "checkpoints").mkdir()
+        Path(FOLDER, "notes.txt").write_text("mine")
+    way_out = "drop --resume must to start afresh"
+    assert before_work("--resume", "must") == f"{FOLDER} has no checkpoint to resume from; {way_out}"
+
+
+@pytest.mark.parametrize("resume", ["must", "auto", "never"])
+def test_checkpoints_of_another_program_are_neither_read_nor_removed(refused, resume):
+    theirs = FOLDER / "checkpoints" / "step-00000007"
+    theirs.mkdir(parents=True)
+    (theirs / "checkpoint.json").write_text('{"theirs": 1}')
+    sentence, _ = refused("train", "run.toml", "--resume", resume)
+    assert sentence.startswith(f"no checkpoint in {theirs.parent} is sound: {theirs / 'checkpoint.json'} is damaged")
+    assert sentence.endswith("; restore one or start in another folder")
+    assert (theirs / "checkpoint.json").read_text() == '{"theirs": 1}'
+
+
+def test_a_folder_in_use_is_refused(before_work):
+    FOLDER.mkdir(parents=True)
+    reader, writer = os.pipe()
+    child = os.fork()                           # locks are between processes
+    if child == 0:
+        with Lock(FOLDER):
+            os.write(writer, b"x")
+            signal.pause()
+    try:
+        os.read(reader, 1)
+        sentence = before_work()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert sentence.startswith(f"run folder {FOLDER} is in use by process {child} on host ")
+    assert sentence.endswith("; stop it or give this run another folder")
+
+
+@pytest.fixture
+def trained(train) -> list[str]:
+    train()
+    return saved()
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ("model.width=32", ("model.width: the checkpoint was made with 16, this run has 32; ", "start a new run folder")),
+    (f"{FULL}.channel.hidden=32", (f"{FULL}.channel.hidden: the checkpoint was made with 16, this run has 32; ",)),
+    ("data.sources.small.weight=2", ("data: the checkpoint was made with '", ", this run has '", "new run folder")),
+    ("data.lanes=2", ("made with lanes = 4, this run has 2; ", "start a new run folder")),
+    ("train.seed=3", ("made with seed = 0, this run has 3; ", "start a new run folder")),
+    ("data.heldout=0.1", ("made with heldout = 0.0, this run has 0.1; ", "start a new run folder")),
+    ("train.dtype=fp64", ("model/embed.table is torch.float32 in the checkpoint, torch.float64 in this model",)),
+])
+def test_a_checkpoint_of_another_run_is_refused_by_the_key_that_differs(trained, refused, change, says):
+    sentence, out = refused("train", "run.toml", "train.steps=4", change)
+    assert all(part in sentence for part in says), sentence
+    assert " loss " not in out
+    assert (saved(), len(records())) == (trained, 2)
+
+
+def test_a_checkpoint_of_other_shards_is_refused(trained, refused, tmp_path):
+    corpus(tmp_path / "new", texts(90, "b"))
+    sentence, _ = refused("train", "run.toml", "train.steps=4", "data.sources.small.shards=new")
+    assert sentence.startswith("data: the checkpoint was made with '")
+    assert saved() == trained
+
+
+def test_a_run_that_has_checkpoints_is_not_started_afresh(trained, refused):
+    sentence, _ = refused("train", "run.toml", "--resume", "never")
+    assert sentence.startswith(f"{FOLDER} holds checkpoints already; give another folder with ")
+    assert saved() == trained
+
+
+def test_a_damaged_checkpoint_is_passed_over_but_the_last_one_is_not_replaced_by_a_fresh_start(train, refused):
+    train("checkpoint.every=1")
+    first, second = sorted(FOLDER.glob("checkpoints/*/rank-00000.bin"))
+    os.truncate(second, 9)
+    out = train("train.steps=1")
+    assert f"passed over {second} has 9 bytes instead of " in out
+    assert "taking step-00000001 instead" in out
+    os.truncate(first, 9)
+    sentence, _ = refused("train", "run.toml")
+    assert sentence.startswith(f"no checkpoint in {FOLDER / 'checkpoints'} is sound: ")
+    assert len(saved()) == 2
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, train):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))    # the log fits, a checkpoint does not
+    try:
+        out = train("train.steps=5", "checkpoint.every=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for step in (4, 5):
+        assert f"step {step} was not saved in {FOLDER / 'checkpoints'} (rank 0: [Errno 27] File too large); " in out
+    assert "the checkpoints before it are untouched" in out
+    losses = [r["loss"] for r in records()]
+    assert [r["step"] for r in records()] == [1, 2, 3, 4, 5]
+    assert saved() == trained == ["step-00000002"]
+    assert valid(FOLDER / "checkpoints" / "step-00000002") is None
+    train("train.steps=5", "--resume", "must")                   # there is room again
+    assert [r["loss"] for r in records()] == losses
+    assert saved() == ["step-00000002", "step-00000005"]
+
+
+# --- while it trains
+
+
+def test_steps_that_stay_non_finite_stop_the_run_at_a_named_place(trained, refused, train):
+    sentence, out = refused("train", "run.toml", "train.steps=50", "train.max_skipped=3", "optimizer.lr=1e30")
+    last = records()[-1]
+    assert sentence.startswith(f"3 steps in a row had a gradient that is not finite, the last one step {last['step']};")
+    assert last["skipped"] == 3
+    assert "'lanes': 4, " in sentence                            # the cursor: lanes, row, and where each lane stands
+    assert "'row': " in sentence
+    assert sentence.endswith("with a lower optimizer.lr, or raise train.max_skipped")
+    assert out.count("grad not finite") == 3
+    assert saved() == trained
+    assert "from step 2 in " in train("train.steps=3")
+
+
+def test_a_stop_signal_saves_and_ends_with_code_0(train):
+    def ask() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (Path(FOLDER, "metrics.jsonl").exists() and len(records()) >= 3):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    train("train.steps=2000", "checkpoint.every=0")
+    asking.join()
+    step = records()[-1]["step"]
+    assert 3 <= step < 1000
+    assert saved() == [f"step-{step:08d}"]
+    assert f"from step {step} in " in train(f"train.steps={step + 1}", "--resume", "must")
+
+
+# --- models
+
+
+def test_prompt_tokens_outside_the_vocabulary_are_refused(trained, refused):
+    Path("bpe").mkdir()
+    words = tokenizer.train_bpe(texts(120), 300)
+    words.save("bpe")
+    prompt = words.decode([299])
+    assert words.encode(prompt).tolist() == [299]
+    sentence, out = refused("generate", str(FOLDER), "--prompt", prompt, "--tokenizer", "bpe")
+    assert sentence.startswith("prompt 1 has token 299, but the model's vocabulary ends at 287; use the tokenizer ")
+    assert out == ""
+
+
+def test_a_folder_without_a_run_has_nothing_to_export(refused):
+    Path("empty").mkdir()
+    sentence, _ = refused("export", "empty", "model.safetensors")
+    assert sentence.startswith("empty holds no checkpoint (looked for empty/checkpoints/step-*)")
+    assert not Path("model.safetensors").exists()
