@@ -59,10 +59,12 @@ def compare(rank: int, n: int, cell: tuple[str, str, str], parallel: Parallel) -
     return on_mesh(Mesh(parallel, CPU, rank, n), cell)
 
 
-def on_mesh(mesh: Mesh, cell: tuple[str, str, str]) -> list[str]:
-    cfg, device = tiny.config(*cell), mesh.device
+def on_mesh(mesh: Mesh, cell: tuple[str, str, str], change: dict[str, bool] | None = None,
+            how: dict[str, str] | None = None) -> list[str]:
+    """`change` goes to the model's configuration, `how` to the parallel build alone."""
+    cfg, device = tiny.config(*cell, **(change or {})), mesh.device
     one = build(cfg, Mesh(Parallel(), device), seed=3, dtype=torch.float64)
-    many = build(cfg, mesh, seed=3, dtype=torch.float64)
+    many = build(cfg, mesh, seed=3, dtype=torch.float64, **(how or {}))
     want, got = (passes(parts, mesh.dp * max(2, mesh.pp)) for parts in (one, many))
     # Everything but the stages' own share is a sum over dp; loss and likelihood stand on the last stage only.
     sums = torch.stack([got.loss / mesh.tp, got.nll / mesh.tp, got.count / mesh.tp])
@@ -119,3 +121,53 @@ def some_mixers_at_once(rank: int, n: int, parallel: Parallel) -> list[str]:
 def test_a_model_of_every_mixer_and_wiring(features: set[str]) -> None:
     parallel, n = layout(frozenset(features))
     assert not any(ranks.run(n, some_mixers_at_once, parallel))
+
+
+def variant(rank: int, n: int, parallel: Parallel, change: dict[str, bool], how: dict[str, str]) -> list[str]:
+    mesh = Mesh(parallel, CPU, rank, n)
+    return on_mesh(mesh, ("gla0", "between", "mixed"), change, how)
+
+
+@pytest.mark.parametrize("features", [{"tp"}, {"tp", "sp", "fsdp"}, {"fsdp"}], ids=lambda f: name(frozenset(f)))
+def test_tied_embeddings(features: set[str]) -> None:
+    parallel, n = layout(frozenset(features))
+    assert not any(ranks.run(n, variant, parallel, {"tied": True}, {}))
+
+
+@pytest.mark.parametrize("features", [{"tp", "sp"}, {"tp", "ep"}, {"pp", "fsdp"}], ids=lambda f: name(frozenset(f)))
+def test_recomputation(features: set[str]) -> None:
+    parallel, n = layout(frozenset(features))
+    assert not any(ranks.run(n, variant, parallel, {}, {"recompute": "both"}))
+
+
+def held_out(rank: int, n: int, parallel: Parallel) -> tuple[float, float]:
+    parts = build(tiny.config("gla0", "between", "mixed"), Mesh(parallel, CPU, rank, n), seed=3, dtype=torch.float64)
+    found = []
+    for _ in range(2):                       # the second evaluation meets a schedule that has run
+        result = parts.pipe([tiny.micro(ROWS, LENGTH, seed) for seed in range(2)], train=False)
+        assert all(p.grad is None for p in parts.parameters().values())
+        found.append(float(result.nll))
+    assert found[0] == found[1]
+    return found[0], float(result.count)
+
+
+@pytest.mark.parametrize("parallel", [Parallel(pp=2), Parallel(tp=2, sequence=True)], ids=["pp", "sp"])
+def test_evaluation(parallel: Parallel) -> None:
+    ((nll, count),) = ranks.run(1, held_out, Parallel())
+    assert ranks.run(2, held_out, parallel)[-1] == (pytest.approx(nll, rel=EXACT), count)
+
+
+def in_bf16(rank: int, n: int, parallel: Parallel) -> float:
+    parts = build(tiny.config("gla0", "moe1", "ladder"), Mesh(parallel, CPU, rank, n), seed=3, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in parts.parameters().values())       # masters
+    result = passes(parts, 2)
+    sums = torch.stack([result.loss, result.count])
+    if not parts.mesh.alone:
+        torch.distributed.all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(tp=2), Parallel(ep=2)], ids=["fsdp", "tp", "ep"])
+def test_bf16_over_fp32_masters(parallel: Parallel) -> None:
+    (one,) = ranks.run(1, in_bf16, Parallel())
+    assert ranks.run(2, in_bf16, parallel)[0] == pytest.approx(one, rel=1e-2)
