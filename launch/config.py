@@ -181,7 +181,7 @@ def derived(run: Run, world_size: int) -> Derived:
 
 def check(run: Run, world_size: int) -> None:
     """Raise ConfigError, one sentence with the way out, for what cannot run on `world_size` processes."""
-    for rule in (_device, _mesh, _tensor, _experts, _pregates, _sequence, _data, _batch, _pipeline, _schedule):
+    for rule in (_device, _mesh, _heads, _tensor, _experts, _pregates, _sequence, _data, _batch, _pipeline, _schedule):
         rule(run, world_size)
     support.refuse(run.model, run.parallel, world_size // (run.parallel.tp * run.parallel.pp))
 
@@ -217,6 +217,15 @@ def _mesh(run: Run, world: int) -> None:
     dp = world // (p.tp * p.pp)
     _divides("dp", dp, "parallel.dp_replicate", p.dp_replicate, f"set parallel.dp_replicate to a divisor of {dp}")
     _divides("dp x tp", dp * p.tp, "parallel.ep", p.ep, f"set parallel.ep to a divisor of {dp * p.tp}")
+
+
+def _heads(run: Run, world: int) -> None:
+    for path, block in _blocks(run):
+        if hasattr(block.token, "channels"):
+            try:
+                block.token.channels(run.model.width)
+            except ValueError as error:
+                raise ConfigError(f"{path}.token: model {error}") from None
 
 
 def _tensor(run: Run, world: int) -> None:

@@ -263,3 +263,15 @@ def test_determinism_is_the_cpu_default_only(monkeypatch):
     assert not config.derived(parsed(**{"train.deterministic": False}), 1).deterministic
     monkeypatch.setattr(config.torch.cuda, "is_available", lambda: True)
     assert config.derived(parsed(), 1)[-2:] == ("cuda", False)
+
+
+def test_a_width_that_does_not_divide_by_the_heads_is_refused_with_both():
+    block = {"token": {"kind": "attention", "heads": 5}, "channel": {"kind": "swiglu", "hidden": 8}}
+    table = {"model": {"vocab": 16, "width": 32, "layers": 1, "blocks": {"a": block}, "pattern": ["a"]},
+             "data": {"sources": {"x": {"shards": "s"}}, "seq": 8, "batch_tokens": 64, "rows": 8, "lanes": 8},
+             "train": {"steps": 1, "device": "cpu"}, "optimizer": {"lr": 1e-3}}
+    said = r"model\.blocks\.a\.token: model width = 32 .* heads = 5 .* set head_dim"
+    with pytest.raises(config.ConfigError, match=said):
+        config.check(config.parse(table), 1)
+    block["token"]["heads"] = 4                       # head_dim is width / heads then
+    config.check(config.parse(table), 1)

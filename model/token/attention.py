@@ -19,7 +19,7 @@ from stepladder.ops.norm import rms_norm
 @dataclass(frozen=True)
 class Spec:
     heads: int
-    head_dim: int
+    head_dim: int = 0                # 0: width / heads
     kv_heads: int = 0                # 0: as many as heads
     window: int = 0                  # keys seen by a query, itself included; 0: all before it
     theta: float = 10_000.0          # RoPE base
@@ -31,14 +31,22 @@ class Spec:
     def __post_init__(self) -> None:
         if self.heads < 1 or self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads = {self.heads} is not divisible by kv_heads = {self.kv_heads}")
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim} must be even and positive: RoPE turns pairs of channels")
+        if self.head_dim < 0 or self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even and not negative: RoPE turns pairs of channels")
         if self.window < 0:
             raise ValueError(f"window = {self.window} must not be negative; 0 means no window")
         if self.max_length < 0:
             raise ValueError(f"max_length = {self.max_length} must not be negative; 0 means no limit")
         if self.theta <= 0 or self.rope_scale <= 0:
             raise ValueError(f"theta = {self.theta} and rope_scale = {self.rope_scale} must be positive")
+
+    def channels(self, width: int) -> int:
+        """Of one head, in a model of `width`."""
+        K = self.head_dim or width // self.heads
+        if not self.head_dim and (width % self.heads or K % 2):
+            raise ValueError(f"width = {width} does not divide into heads = {self.heads} of an even size each; "
+                             "set head_dim, or change one of them")
+        return K
 
 
 class State(NamedTuple):
@@ -60,8 +68,8 @@ class Mixer(TokenMixer):
 
     def __init__(self, cfg: ModelConfig, spec: Spec, place: Place):
         super().__init__()
-        D, K, G = cfg.width, spec.head_dim, spec.kv_heads or spec.heads
-        self.spec = spec
+        D, K, G = cfg.width, spec.channels(cfg.width), spec.kv_heads or spec.heads
+        self.spec, self.head_dim = spec, K
         self.weight("wq", spec.heads * K, D, tp=0, units=spec.heads, init=normal(cfg.std))
         self.weight("wk", G * K, D, tp=0, units=G, share=True, init=normal(cfg.std))
         self.weight("wv", G * K, D, tp=0, units=G, share=True, init=normal(cfg.std))
@@ -76,7 +84,7 @@ class Mixer(TokenMixer):
         return linear(y.flatten(2), self.wo)
 
     def begin(self, batch: int, length: int, like: Tensor) -> State:
-        K, L = self.spec.head_dim, min(length, self.spec.window or length)
+        K, L = self.head_dim, min(length, self.spec.window or length)
         kv = like.new_zeros(2, batch, L, self.wk.shape[0] // K, K)
         at = torch.full((batch, L), -1, dtype=torch.long, device=like.device)
         return State(kv[0], kv[1], at, torch.zeros_like(at), at.new_zeros(batch))
@@ -104,10 +112,10 @@ class Mixer(TokenMixer):
         return 4 * self.wq.shape[0] * (W * T - W * (W - 1) // 2) // T        # keys really seen: causal is halved
 
     def table(self, ctx: Context, dtype: torch.dtype) -> Tensor:
-        return angles(ctx.pos / self.spec.rope_scale, self.spec.head_dim, self.spec.theta).to(dtype)
+        return angles(ctx.pos / self.spec.rope_scale, self.head_dim, self.spec.theta).to(dtype)
 
     def project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (linear(x, w).unflatten(-1, (-1, self.spec.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (linear(x, w).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.spec.qk_norm:
             q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)
         return rotate(q, ctx.table), rotate(k, ctx.table), v
