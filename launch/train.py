@@ -290,7 +290,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = config.load(args.config, args.overrides)
     config.check(chosen, w.size)
     folder = Path(args.run or Path("runs") / Path(args.config).stem)
-    folder.mkdir(parents=True, exist_ok=True)
+    if w.main:
+        _claim(folder)
     began = time.perf_counter()
     with Lock(folder) if w.main else contextlib.nullcontext():
         w.connect(w.device(config.derived(chosen, w.size).device))
@@ -302,12 +303,25 @@ def run(args: argparse.Namespace) -> int:
             with _profiled(args.profile, folder, w.rank):
                 trainer.steps(args.steps_now)
         finally:
+            trainer.store.finish()                                # a save under way is not lost with the run
             trainer.loader.close()
             assert trainer.log is not None
             trainer.log.close()
+        kept = trainer.store.saved == trainer.at
         if w.main:
             print(f"step {trainer.at} of {chosen.train.steps}, {trainer.tokens:,} tokens, "
-                  f"{time.perf_counter() - began:.0f} s; {folder}", flush=True)
+                  f"{time.perf_counter() - began:.0f} s; {folder}"
+                  f"{'' if kept else ': the last step is not saved, run the same command again'}", flush=True)
     if dist.is_initialized() and w.launcher != "given":
         dist.destroy_process_group()
-    return 0
+    return 0 if kept else 1
+
+
+def _claim(folder: Path) -> None:
+    """Make the run folder; ValueError for one that holds anything but a run: its files would be written over."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder with --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {f.name for f in folder.iterdir()}
+    if found and not found & {".lock", "checkpoints", "metrics.jsonl"}:
+        raise ValueError(f"{folder} holds {min(found)!r} and no run; give a new or empty folder with --folder")

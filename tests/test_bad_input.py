@@ -81,8 +81,8 @@ def here(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str]):
     """Runs `stepladder train run.toml ARGS` -> what it printed."""
-    def run(*args: str) -> str:
-        assert cli.main(["train", "run.toml", *args]) == 0
+    def run(*args: str, code: int = 0) -> str:
+        assert cli.main(["train", "run.toml", *args]) == code
         out, err = capsys.readouterr()
         assert err == ""
         return out
@@ -403,12 +403,13 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, train):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))    # the log fits, a checkpoint does not
     try:
-        out = train("train.steps=5", "checkpoint.every=2")
+        out = train("train.steps=5", "checkpoint.every=2", code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     for step in (4, 5):
         assert f"step {step} was not saved in {FOLDER / 'checkpoints'} (rank 0: [Errno 27] File too large); " in out
     assert "the checkpoints before it are untouched" in out
+    assert "the last step is not saved, run the same command again" in out
     losses = [r["loss"] for r in records()]
     assert [r["step"] for r in records()] == [1, 2, 3, 4, 5]
     assert saved() == trained == ["step-00000002"]
@@ -416,6 +417,17 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, train):
     train("train.steps=5", "--resume", "must")                   # there is room again
     assert [r["loss"] for r in records()] == losses
     assert saved() == ["step-00000002", "step-00000005"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(refused):
+    mine = Path("mine")
+    mine.mkdir()
+    (mine / "config.toml").write_text("precious")
+    sentence, _ = refused("train", "run.toml", "--folder", "mine")
+    assert sentence == "mine holds 'config.toml' and no run; give a new or empty folder with --folder"
+    assert [f.read_text() for f in mine.iterdir()] == ["precious"]
+    sentence, _ = refused("train", "run.toml", "--folder", "run.toml")
+    assert sentence == "run.toml is a file; give a folder with --folder"
 
 
 # --- while it trains
