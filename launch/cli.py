@@ -138,7 +138,7 @@ def _train(p: argparse.ArgumentParser) -> None:
     p.add_argument("--resume", choices=("auto", "never", "must"), default="auto",
                    help="auto: from the newest checkpoint, if any; must: never start afresh (default: auto)")
     p.add_argument("--steps-now", metavar="N", type=_count, help="stop after N more steps, with a checkpoint")
-    p.add_argument("--profile", action="store_true", help="write a trace of the steps to the run folder")
+    p.add_argument("--profile", action="store_true", help="write a trace of steps 3 to 5 to the run folder")
 
 
 def _prepare(p: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import resource
 import signal
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ class Trainer:
             saved = tomllib.loads(meta["config"])
             checkpoint.refuse_mismatch({"model": saved["model"]}, {"model": _table(run)["model"]})
         self.loader = self._loader(meta.get("cursor"))
+        if run.train.eval_every:
+            self._loader(None, "heldout").close()       # too few documents for it: said now, not at step eval_every
         if meta:
             checkpoint.refuse_mismatch({"data": meta["manifest"]}, {"data": self.loader.manifest_hash})
         self.parts = build(run.model, self.mesh, seed=run.train.seed, dtype=DTYPES[run.train.dtype],
@@ -126,8 +128,8 @@ class Trainer:
                    f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
 
-    def steps(self, now: int | None) -> None:
-        """Train to the end, or `now` more steps."""
+    def steps(self, now: int | None, mark: Callable[[], None] = lambda: None) -> None:
+        """Train to the end, or `now` more steps; `mark` is called after each."""
         end = self.run.train.steps if now is None else min(self.run.train.steps, self.at + now)
         c, t = self.run.checkpoint, self.run.train
         waiting: _Late | None = None
@@ -139,6 +141,7 @@ class Trainer:
             self.tokens += self.run.data.batch_tokens
             lr = lr_at(self.at, self.run.optimizer, t.steps)
             report = train_step(self.parts, self.optimizer, batches, lr, self.stop.asked)
+            mark()
             late = _Late(self.at, self.tokens, lr, report, self.loader.waited)
             # A step is read when the next has been queued, so that the device never waits for the log.
             stop = waiting is not None and self._record(waiting)
@@ -274,14 +277,15 @@ def _memory(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _profiled(on: bool, folder: Path, rank: int) -> Iterator[None]:
-    """Write a trace of everything inside, for chrome://tracing or TensorBoard."""
+def _profiled(on: bool, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
+    """Write a trace of steps 3 to 5 of this program, for chrome://tracing; yields what each step has to call."""
     if not on:
-        yield
+        yield lambda: None
         return
-    with torch.profiler.profile() as profile:
-        yield
-    profile.export_chrome_trace(str(folder / f"trace-rank{rank}.json.gz"))
+    when = torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
+    write = lambda p: p.export_chrome_trace(str(folder / f"trace-rank{rank}.json.gz"))
+    with torch.profiler.profile(schedule=when, on_trace_ready=write) as profile:
+        yield profile.step
 
 
 def run(args: argparse.Namespace) -> int:
@@ -300,8 +304,8 @@ def run(args: argparse.Namespace) -> int:
             if w.main:
                 (folder / "config.toml").write_text(config.dump(chosen))
                 trainer.loader.tokenizer.save(folder)             # the run can be sampled without its shards
-            with _profiled(args.profile, folder, w.rank):
-                trainer.steps(args.steps_now)
+            with _profiled(args.profile, folder, w.rank) as mark:
+                trainer.steps(args.steps_now, mark)
         finally:
             trainer.store.finish()                                # a save under way is not lost with the run
             trainer.loader.close()

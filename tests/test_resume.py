@@ -1,6 +1,7 @@
 """A run that dies and starts again is, bit for bit, the run that never died; another layout goes on where it stood."""
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -260,3 +261,9 @@ def test_a_run_goes_on_over_other_ranks(folder: Path, undisturbed: Path) -> None
     assert [r["loss"] for r in ours.values()][:3] == [r["loss"] for r in theirs.values()][:3]
     for step_, r in ours.items():
         assert abs(r["loss"] / theirs[step_]["loss"] - 1) < 1e-4, step_
+
+
+def test_a_profile_is_a_trace_of_a_few_steps(folder: Path) -> None:
+    _alone(folder / "run0.toml", folder / "traced", "--steps-now", "6", "--profile")
+    events = json.loads(gzip.decompress((folder / "traced" / "trace-rank0.json.gz").read_bytes()))["traceEvents"]
+    assert sum(e["name"].startswith("Optimizer.step") for e in events) == 3
