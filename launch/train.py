@@ -77,9 +77,16 @@ class Trainer:
         if meta:
             saved = tomllib.loads(meta["config"])
             checkpoint.refuse_mismatch({"model": saved["model"]}, {"model": _table(run)["model"]})
-        self.loader = self._loader(meta.get("cursor"))
         if run.train.eval_every:
             self._loader(None, "heldout").close()       # too few documents for it: said now, not at step eval_every
+        self.loader = self._loader(meta.get("cursor"))
+        with contextlib.ExitStack() as undo:            # readers that are left running would abort the interpreter
+            undo.callback(self.loader.close)
+            self._make(run, start, meta)
+            undo.pop_all()
+
+    def _make(self, run: config.Run, start: Path | None, meta: dict[str, Any]) -> None:
+        """The model, from its checkpoint if there is one, and the log."""
         if meta:
             checkpoint.refuse_mismatch({"data": meta["manifest"]}, {"data": self.loader.manifest_hash})
         self.parts = build(run.model, self.mesh, seed=run.train.seed, dtype=DTYPES[run.train.dtype],
@@ -91,9 +98,10 @@ class Trainer:
         if start is not None:
             self.store.load(start, self.optimizer.state())
             self.optimizer.loaded()
-        self.log = Log(folder, main=w.main, total_steps=run.train.steps, step=self.at, every=run.train.log_every)
+        self.log = Log(self.folder, main=self.world.main, total_steps=run.train.steps, step=self.at,
+                       every=run.train.log_every)
         self.flops = 3 * flops(run.model, run.data.seq)
-        self.peak = _peak(self.device) * w.size
+        self.peak = _peak(self.device) * self.world.size
         self.stop, self.clock = _Stop(), _Clock()
         self._introduce(start)
 
@@ -127,6 +135,8 @@ class Trainer:
         self._tell(f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them for each token, "
                    f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
+        if self.at >= self.run.train.steps:
+            self._tell(f"the run is finished: train.steps = {self.run.train.steps}; raise it to go on")
 
     def steps(self, now: int | None, mark: Callable[[], None] = lambda: None) -> None:
         """Train to the end, or `now` more steps; `mark` is called after each."""
@@ -149,9 +159,12 @@ class Trainer:
             held_out = t.eval_every > 0 and (last or self.at % t.eval_every == 0)
             save = last or (c.every > 0 and self.at % c.every == 0)
             if held_out or save or stop:
+                late.read()
+                if save:                                     # first: an evaluation that fails must not cost it
+                    self.save()
                 stop = self._record(late, evaluate=held_out) or stop
                 waiting = None
-                if save or stop:
+                if stop and not save:
                     self.save()
                 self.clock.start(self.loader.waited)         # the next step's time is its own
             if stop:
@@ -171,7 +184,8 @@ class Trainer:
         """Mean negative log-likelihood of the first held-out rows, the same ones every time."""
         rows = self._loader(None, "heldout")
         with contextlib.closing(rows):
-            micros = [micro(next(rows), self.device) for _ in range(self.run.train.eval_batches)]
+            count = self.run.train.eval_batches * self.plan.accumulation
+            micros = [micro(next(rows), self.device) for _ in range(count)]
             result = self.parts.pipe(micros, train=False)
         sums = torch.stack([result.nll.double(), result.count.double()]) / self.mesh.tp
         if not self.mesh.alone:
@@ -219,7 +233,7 @@ class _Late:
         """The report, and when the step was over."""
         if self.arrived is not None:
             self.arrived.synchronize()
-            self.done = time.perf_counter()
+            self.arrived, self.done = None, time.perf_counter()
         return self.report, self.done
 
 
@@ -237,16 +251,18 @@ class _Clock:
 
 
 class _Stop:
-    """TERM and USR1 ask for a checkpoint and an end; every rank learns it with the next report."""
+    """TERM, USR1 and Ctrl-C ask for a checkpoint and an end; every rank learns it with the next report."""
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             with contextlib.suppress(ValueError):          # not in the main thread: a test
                 signal.signal(number, self._ask)
 
-    def _ask(self, *_: object) -> None:
+    def _ask(self, number: int, _: object) -> None:
         self.asked = True
+        if number == signal.SIGINT:                        # the second one ends the program at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _numerics(plan: config.Derived, dtype: str) -> None:

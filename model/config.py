@@ -32,6 +32,8 @@ class ModelConfig:
         for name in ("vocab", "width", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} = {getattr(self, name)} must be at least 1")
+        if self.std <= 0 or self.z_loss < 0:
+            raise ValueError(f"model.std = {self.std} must be above 0 and model.z_loss = {self.z_loss} not negative")
         if not self.pattern:
             raise ValueError("model.pattern is empty; name at least one block of [model.blocks]")
         for name in self.pattern:

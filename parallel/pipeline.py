@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from stepladder.model.config import ModelConfig
@@ -98,6 +99,10 @@ class Pipe:
         """Forward, and backward if `train`. Gradients are left unreduced but for FSDP's own."""
         with torch.set_grad_enabled(train):
             loss = self._alone(micros, train) if self.mesh.pp == 1 else self._pipelined(micros, train)
+        if not train:             # FSDP gives gathered weights back after a backward, and there was none
+            for module in self.stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         nll, stats = self.stage.take()
         count = sum((m.targets >= 0).sum() for m in micros) if self.stage.last else torch.zeros_like(nll)
         return Result(loss, nll, torch.as_tensor(count), stats)

@@ -208,8 +208,6 @@ TP2 = {"parallel.tp": 2}
     (8, {"parallel.pp": 8}, "parallel.pp = 8 is more stages than model.layers = 4; lower it"),
     (4, {"parallel.pp": 4, "data.rows": 8},
      "data.batch_tokens = 1024 gives a rank 2 micro-batches of 8 rows, too few for parallel.pp = 4 stages; set"),
-    (4, {"parallel.pp": 4, "train.eval_every": 5, "train.eval_batches": 3},
-     "train.eval_batches = 3 is too few for parallel.pp = 4 stages; set it to 4 or more"),
     (1, {"parallel.sequence": True}, "parallel.sequence = true splits tokens over tp ranks, but parallel.tp = 1;"),
     (2, TP2 | DENSE | {"parallel.sequence": True, "data.seq": 63}, "data.seq = 63 is not divisible by parallel"),
     (1, {"data.seq": 256}, "data.seq = 256 is longer than model.blocks.full.token.max_length = 128; shorten"),

@@ -267,3 +267,40 @@ def test_a_profile_is_a_trace_of_a_few_steps(folder: Path) -> None:
     _alone(folder / "run0.toml", folder / "traced", "--steps-now", "6", "--profile")
     events = json.loads(gzip.decompress((folder / "traced" / "trace-rank0.json.gz").read_bytes()))["traceEvents"]
     assert sum(e["name"].startswith("Optimizer.step") for e in events) == 3
+
+
+EVALUATED = ("data.heldout=0.3", "train.eval_every=3", "train.eval_batches=2", "--steps-now", "6")
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.ep=2",), ("parallel.tp=2",), ("parallel.pp=2",),
+                                    ("parallel.reshard=false",)], ids=lambda more: more[0] if more else "fsdp")
+def test_held_out_loss_and_checkpoints_of_every_layout(folder: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
+    """The same rows whatever the layout; and a model that has just been evaluated can be saved."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    ranks.run(1, lambda_train, folder / "run0.toml", one, EVALUATED)
+    ranks.run(2, lambda_train, folder / "run0.toml", two, (*EVALUATED, *layout))
+    want, got = ([r["eval_loss"] for r in records(run).values() if "eval_loss" in r] for run in (one, two))
+    assert len(want) == 2
+    assert got == pytest.approx(want, rel=1e-4)
+    saved = tensors(two, 6)
+    for name, tensor in tensors(one, 6).items():
+        assert saved[name].shape == tensor.shape
+    assert float((saved["model/norm.scale"] - tensors(one, 6)["model/norm.scale"]).norm()) < 1e-3
+
+
+def test_ctrl_c_saves(folder: Path, tmp_path: Path) -> None:
+    ranks.run(1, interrupted, folder / "run0.toml", tmp_path / "run")
+    newest = checkpoint.steps(tmp_path / "run" / "checkpoints")[0].name
+    assert newest in ("step-00000001", "step-00000002")          # the step it came in, or the one already queued
+
+
+def interrupted(rank: int, n: int, config: Path, run: Path) -> None:
+    update = Optimizer.step
+
+    def step(self: Optimizer, *args: Any, **kw: Any) -> Report:
+        if int(self.steps) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *args, **kw)
+
+    Optimizer.step = step
+    lambda_train(rank, n, config, run)
