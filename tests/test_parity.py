@@ -145,14 +145,18 @@ def held_out(rank: int, n: int, parallel: Parallel) -> tuple[float, float]:
     found = []
     for _ in range(2):                       # the second evaluation meets a schedule that has run
         result = parts.pipe([tiny.micro(ROWS, LENGTH, seed) for seed in range(2)], train=False)
-        assert all(p.grad is None for p in parts.parameters().values())
+        for key, p in parts.parameters().items():          # and the model can be saved at once
+            assert p.grad is None
+            assert tuple(parts.label(key, p.detach()).shape) == parts.decls[key].shape
         found.append(float(result.nll))
     assert found[0] == found[1]
     return found[0], float(result.count)
 
 
-@pytest.mark.parametrize("parallel", [Parallel(pp=2), Parallel(tp=2, sequence=True)], ids=["pp", "sp"])
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(reshard=False), Parallel(ep=2), Parallel(pp=2),
+                                      Parallel(tp=2, sequence=True)], ids=["fsdp", "kept", "ep", "pp", "sp"])
 def test_evaluation(parallel: Parallel) -> None:
+    """Every dp rank is given the same rows here."""
     ((nll, count),) = ranks.run(1, held_out, Parallel())
     assert ranks.run(2, held_out, parallel)[-1] == (pytest.approx(nll, rel=EXACT), count)
 
