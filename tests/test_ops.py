@@ -27,10 +27,13 @@ DOUBLE = torch.float64
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """New memory is NaN: an element that nobody writes shows."""
+    settings = torch.utils.deterministic                # a training run in this process turns the filling off
+    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True  # pyright: ignore
     torch.use_deterministic_algorithms(True)
     assert torch.zeros(2).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    settings.fill_uninitialized_memory = before  # pyright: ignore
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
