@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -122,6 +122,14 @@ class Mesh:
     @property
     def alone(self) -> bool:
         return self.size == 1
+
+    def at(self, rank: int) -> Mesh:
+        """The same mesh as another rank sees it, for its coordinates."""
+        return replace(self, rank=rank)
+
+    @property
+    def place(self) -> str:
+        return f"pp {self.pp_rank}, dp {self.dp_rank}, tp {self.tp_rank}, ep {self.ep_rank}"
 
     def __repr__(self) -> str:
         p = self.layout

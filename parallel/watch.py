@@ -1,0 +1,226 @@
+"""Names what a run hangs on. A thread on every rank follows its collectives and tells the others, through the store,
+how far it is; what takes longer than the limit ends the process with a sentence about who did not come.
+
+The rest of the code calls `watch.track` for each collective it starts and `watch.step` for each step; outside `over`
+both do nothing. Collectives that nobody tracks (FSDP's, the optimizer's) are covered by the step: no progress for as
+long as the limit is a hang, too.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from stepladder.parallel.mesh import Mesh
+
+EXIT = 70              # EX_SOFTWARE of sysexits.h
+HELD = 4               # collectives watched at once: a handle keeps its output in memory
+NAMES = 4096           # collectives whose names are remembered, to say between which two a hang is
+BEAT = 2.0             # seconds between two words to the store; less where the limit is short
+HOUSE = str(Path(__file__).parents[1])
+
+
+class LostRank(RuntimeError):
+    """The group is broken: another rank is gone, or left."""
+
+
+class Word(NamedTuple):
+    """What a rank last said of itself. One whose beats stop is gone: the process, or the machine."""
+    beat: int
+    time: float
+    step: int
+    started: int             # collectives, since the beginning
+    stands: str              # at which collective, and where in the source
+    left: str                # why it stopped, if it had time to say so
+
+
+class Watch:
+    """This process's watchdog; `watch` is the one there is."""
+
+    def __init__(self) -> None:
+        self.on = self.leaving = self.rests = False
+
+    @contextlib.contextmanager
+    def over(self, mesh: Mesh, store: dist.Store, limit: float) -> Iterator[None]:
+        """Watch what happens within. `store` is one that all ranks know; `limit` is in seconds."""
+        self.start(mesh, store, limit)
+        try:
+            yield
+        except Exception as error:
+            self.leaving = True
+            if (cause := self._cause(error)) is None:
+                self.stop(f"{self._rank(mesh.rank)} stopped: {error}")
+                raise
+            self.stop(cause)
+            raise LostRank(f"{self._rank(mesh.rank)} lost the others in step {self.now}{self._last()}: {cause}"
+                           ) from error
+        finally:
+            self.stop(f"{self._rank(mesh.rank)} has come to its end")
+
+    def start(self, mesh: Mesh, store: dist.Store, limit: float) -> None:
+        self.mesh, self.limit, self.pause = mesh, limit, min(BEAT, limit / 10)
+        self.now, self.started, self.complete, self.beats = 0, 0, 0, 0
+        self.names = [("", "")] * NAMES
+        self.held: deque[tuple[int, float, dist.Work]] = deque()
+        self.store = store.clone()  # pyright: ignore  # a connection of its own: the main thread may wait in the other
+        self.store.set_timeout(timedelta(seconds=max(10.0, self.pause)))
+        self.ended = threading.Event()
+        self.on, self.leaving, self.rests = True, False, False
+        self._say()
+        self.thread = threading.Thread(target=self._follow, name="watch", daemon=True)
+        self.thread.start()
+
+    def stop(self, why: str) -> None:
+        """Leave, and say why to those that may come to wait for this rank."""
+        if self.on:
+            self.on = False
+            self.ended.set()
+            self.thread.join()
+            with contextlib.suppress(RuntimeError):      # nobody may be left to hear it
+                self._say(why)
+            self.held.clear()
+
+    def track(self, work: dist.Work, kind: str, where: str) -> dist.Work:
+        """Remember a collective, like ("all-reduce", "blocks.3.token"), until it is complete."""
+        if self.on:
+            self.started = n = self.started + 1
+            self.names[n % NAMES] = kind, where
+            if len(self.held) == HELD and self.held[0][2].is_completed():
+                self.complete = self.held.popleft()[0]
+            if len(self.held) < HELD:
+                self.held.append((n, time.monotonic(), work))
+        return work
+
+    def step(self, step: int) -> None:
+        """Step `step` begins."""
+        if self.on:
+            self.now = step
+            while self.held and self.held[0][2].is_completed():
+                self.complete = self.held.popleft()[0]
+
+    @contextlib.contextmanager
+    def rest(self) -> Iterator[None]:
+        """No step is under way: a slow disk is no hang. Collectives that are tracked stay watched."""
+        self.rests = True
+        try:
+            yield
+        finally:
+            self.rests = False
+
+    # What follows may run in either thread. Only the main thread changes `held`.
+
+    def _follow(self) -> None:
+        seen, moved = None, time.monotonic()
+        while not self.ended.wait(self.pause):
+            waits, time_ = self._oldest(), time.monotonic()
+            state = self.now, self.started, waits and waits[0]
+            if state != seen or self.rests:
+                seen, moved = state, time_
+            waited = time_ - min(moved, waits[1] if waits else moved)
+            try:
+                self._say()
+                if waited > self.limit - 3 * self.pause and not self.leaving:   # as long as it takes to hear the others
+                    cause, again = self._others(), self._oldest()
+                    if state == (self.now, self.started, again and again[0]):   # it has not gone on in the meantime
+                        self._end(cause, time.monotonic() - time_ + waited)
+            except RuntimeError as error:
+                if waited > self.limit:
+                    self._end(f"nor is there a word from the store, at rank 0 or its launcher: {error}", waited)
+
+    def _end(self, cause: str, waited: float) -> None:
+        waits, me = self._oldest(), self._rank(self.mesh.rank)
+        what = f"for {self._range(waits[0])}" if waits else f"without progress{self._last()}"
+        if self.ended.is_set() or self.leaving:
+            return
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2,
+                 f"stepladder: {me} waited {waited:.0f} s in step {self.now} {what}: {cause}\n".encode())
+        with contextlib.suppress(RuntimeError):
+            self._say(cause)
+        os._exit(EXIT)
+
+    def _cause(self, error: Exception) -> str | None:
+        """Whose end this error of a connection comes from; None for any other error."""
+        text = str(error)
+        if not isinstance(error, RuntimeError) or not ("gloo" in text or "onnection" in text or "NCCL" in text):
+            return None
+        try:
+            return self._others()
+        except RuntimeError as lost:
+            return f"the store, at rank 0 or its launcher, is gone too: {lost}"
+
+    def _others(self) -> str:
+        """Which other rank is to blame, by what they say and whose beats have stopped."""
+        waits = self._oldest()
+        before = self._read()
+        self.ended.wait(2.5 * self.pause)
+        words = self._read()
+        if left := next((word.left for word in words.values() if word.left), None):
+            return left
+        silent = {rank: word for rank, word in words.items() if word.beat == before[rank].beat}
+        if silent:
+            return "; ".join(f"{self._rank(rank)} has been silent for {max(0.0, time.time() - word.time):.0f} s, last "
+                             f"heard of in step {word.step}{word.stands}" for rank, word in [*silent.items()][:4])
+        behind = {rank: word for rank, word in words.items() if word.step < self.now}
+        if not behind:          # ranks of one stage start the same collectives in the same order
+            reached = waits[0] if waits else self.started
+            stage = {rank: word for rank, word in words.items() if self.mesh.at(rank).pp_rank == self.mesh.pp_rank}
+            least = min((word.started for word in stage.values()), default=reached)
+            behind = {rank: word for rank, word in stage.items() if word.started == least < reached}
+        if behind:
+            return "; ".join(f"{self._rank(rank)} never came, it is in step {word.step}{word.stands}"
+                             for rank, word in [*behind.items()][:4])
+        places: dict[str, list[int]] = defaultdict(list)
+        for rank, word in words.items():
+            places[f"in step {word.step}{word.stands}"].append(rank)
+        return "; ".join(f"rank {', '.join(map(str, ranks[:8]))} is {place}" for place, ranks in [*places.items()][:4])
+
+    def _oldest(self) -> tuple[int, float] | None:
+        """Number and start of the oldest collective that is known not to be complete."""
+        return next(((n, since) for n, since, work in tuple(self.held) if not work.is_completed()), None)
+
+    def _name(self, n: int) -> str:
+        return "the {} of {}".format(*self.names[n % NAMES])
+
+    def _range(self, n: int) -> str:
+        """Not every handle is held: one may wait for a collective between two that are."""
+        first = 1 + max([self.complete, *(m for m, _, work in tuple(self.held) if m < n and work.is_completed())])
+        before = f" or one of the {n - first} before it, from {self._name(first)} on"
+        return self._name(n) + (before if first < n else "")
+
+    def _last(self) -> str:
+        return f" after {self._name(self.started)}" if self.started else ""
+
+    def _stands(self) -> str:
+        waits = self._oldest()
+        at = f" at {self._name(waits[0])}" if waits else self._last()
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None and not frame.f_code.co_filename.startswith(HOUSE):
+            frame = frame.f_back
+        where = f", {frame.f_code.co_filename[len(HOUSE) + 1:]}:{frame.f_lineno}" if frame else ""
+        return at + where
+
+    def _say(self, left: str = "") -> None:
+        self.beats += 1
+        word = Word(self.beats, time.time(), self.now, self.started, self._stands(), left)
+        self.store.set(f"watch/{self.mesh.rank}", json.dumps(word))
+
+    def _read(self) -> dict[int, Word]:
+        ranks = [rank for rank in range(self.mesh.size) if rank != self.mesh.rank]
+        words = self.store.multi_get([f"watch/{rank}" for rank in ranks])
+        return {rank: Word(*json.loads(word)) for rank, word in zip(ranks, words, strict=True)}
+
+    def _rank(self, rank: int) -> str:
+        return f"rank {rank} ({self.mesh.at(rank).place})"
+
+
+watch = Watch()
