@@ -57,18 +57,20 @@ class Block(nn.Module):
         s, arrived = s.arrive(self.lag[1])
         h, z, plan = _run(self.recompute[1], self.feed, s.h, arrived, s.route)
         s = s._replace(h=h, route=plan.route, stats=s.stats if plan.stats is None else (*s.stats, plan.stats))
-        return s.write(self.channel_comm.leave(z, also=y if joint else None))
+        return s.write(self.channel_comm.leave(self.channel.deliver(z, plan), also=y if joint else None))
 
     def mix(self, h: Tensor, arrived: tuple[Tensor, ...], ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
         h, x = self.norm1(h, *arrived)
         x = self.token_comm.enter(x)
-        return h, self.token(x, ctx) if state is None else self.token.step(x, state, ctx)
+        if state is None:
+            return h, self.token_comm.work(self.token, x, ctx)
+        return h, self.token_comm.work(self.token.step, x, state, ctx)
 
-    def feed(self, h: Tensor, arrived: tuple[Tensor, ...], route: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Plan]:
+    def feed(self, h: Tensor, arrived: tuple[Tensor, ...], route: tuple[Tensor, ...]) -> tuple[Tensor, Any, Plan]:
         h, x = self.norm2(h, *arrived)
         x = self.channel_comm.enter(x)
         plan = self.channel.plan(x, route)
-        return h, self.channel(x, plan), plan
+        return h, self.channel_comm.work(self.channel, x, plan.way), plan
 
 
 def _run(recompute: bool, f: Callable[..., Any], h: Tensor, arrived: tuple[Tensor, ...], *args: Any) -> Any:
@@ -135,12 +137,16 @@ class Decoder(nn.Module):
             assert self.embed is not None
             s = Stream(self.embed_comm.leave(self.embed(x, self.dtype)).wait())
         tables: dict[Any, Any] = {}
-        for name, block in zip(self.blocks, blocks(self), strict=True):
+        for block in blocks(self):
             spec = block.token.spec
             if spec not in tables:
                 tables[spec] = block.token.table(ctx, torch.promote_types(self.dtype, torch.float32))
-            s = block(s, ctx._replace(table=tables[spec]), states[name] if states is not None else None)
-        return s
+
+        def run(s: Stream) -> Stream:
+            for name, block in zip(self.blocks, blocks(self), strict=True):
+                s = block(s, ctx._replace(table=tables[block.token.spec]), states[name] if states is not None else None)
+            return s
+        return self.embed_comm.aside(run, s)
 
     def finish(self, s: Stream, targets: Tensor | None = None) -> tuple[Tensor, ...]:
         """The last stage's stream -> (logits (B, T, vocab),), or with targets (loss sum, likelihood sum)."""
@@ -149,7 +155,7 @@ class Decoder(nn.Module):
         table = self.head.table if self.embed is None or not self.cfg.tied else self.embed.table
         s, arrived = s.arrive(0)
         _, x = self.norm(s.h, *arrived)
-        return self.head(self.head_comm.enter(x), table, targets)
+        return self.head_comm.work(self.head, self.head_comm.enter(x), table, targets)
 
     def begin(self, batch: int, length: int) -> States:
         """Empty decoding states for `batch` rows of up to `length` tokens."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepladder.model.context import Context
 from stepladder.model.leaf import Leaf
-from stepladder.model.residual import Stats
+from stepladder.model.residual import Pending, Stats
 
 
 class TokenMixer(Leaf):
@@ -38,24 +38,28 @@ class TokenMixer(Leaf):
 
 
 class Plan(NamedTuple):
-    """Where a channel mixer will send its tokens."""
+    """Where a channel mixer sends its tokens; made beside the token mixer where the wiring allows it."""
     route: tuple[Tensor, ...] = ()      # router logits for the MoE blocks after this one
     stats: Stats | None = None
-    ids: Tensor | None = None           # (N, k) experts of each own token
-    weights: Tensor | None = None       # (N, k)
+    way: Any = None                     # the mixer's own, for forward()
+    back: Any = None                    # the mixer's own, for deliver()
 
 
 class ChannelMixer(Leaf):
     """Mixes within a token. model/channel/<name>.py: Spec, Mixer, TINY; one line in registry.CHANNEL."""
     tokens: str = "all"    # "all": all tokens in, this rank's share out; "own": this rank's tokens in, whole rows out
 
-    def plan(self, x: Tensor, route: tuple[Tensor, ...]) -> Plan:
-        """Routing alone; dense mixers hand `route` on."""
+    def plan(self, x: Pending, route: tuple[Tensor, ...]) -> Plan:
+        """Routing alone, and the rows' departure; dense mixers hand `route` on."""
         return Plan(route)
 
     @abstractmethod
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        """x (B, T, D) -> y (B, T, D)."""
+    def forward(self, x: Tensor, way: Any) -> Any:
+        """x (B, T, D) -> y (B, T, D), or what deliver() makes y of."""
+
+    def deliver(self, y: Any, plan: Plan) -> Tensor | Pending:
+        """y (B, T, D), perhaps still on its way."""
+        return y
 
     def flops(self) -> int:
         """Forward FLOPs a token of what shapes do not tell: weights split by ep are not counted from shapes."""

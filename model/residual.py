@@ -6,7 +6,8 @@ mixer side by side and their outputs travel as one, (1, 1) is ladder residual (a
 """
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -27,11 +28,19 @@ class Ready(NamedTuple):
 class Comm(Protocol):
     """What a sublayer needs of the other ranks; OneRank is the identity, the others are in parallel/."""
 
-    def enter(self, x: Tensor) -> Tensor:
+    def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
+        """run(s), beside the mixers' own lane where the machine has two."""
+        ...
+
+    def enter(self, x: Tensor) -> Pending:
         """The normed stream (B, T, D), or this rank's tokens of it, -> the mixer's input: copied, gathered, sliced."""
         ...
 
-    def leave(self, y: Tensor, also: Tensor | None = None) -> Pending:
+    def work(self, mixer: Callable[..., Any], x: Pending, *args: Any) -> Any:
+        """mixer(x, *args) on the mixers' lane; what it returns is for leave() or ChannelMixer.deliver()."""
+        ...
+
+    def leave(self, y: Tensor | Pending, also: Tensor | None = None) -> Pending:
         """Start adding up the mixer's output. `also` is a token mixer's share that travels along. Never in place."""
         ...
 
@@ -45,11 +54,19 @@ class Comm(Protocol):
 
 
 class OneRank:
-    def enter(self, x: Tensor) -> Tensor:
-        return x
+    def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
+        return run(s)
 
-    def leave(self, y: Tensor, also: Tensor | None = None) -> Pending:
-        return Ready(y if also is None else y + also)
+    def enter(self, x: Tensor) -> Pending:
+        return Ready(x)
+
+    def work(self, mixer: Callable[..., Any], x: Pending, *args: Any) -> Any:
+        return mixer(x.wait(), *args)
+
+    def leave(self, y: Tensor | Pending, also: Tensor | None = None) -> Pending:
+        if also is not None:
+            return Ready(also + (y if isinstance(y, Tensor) else y.wait()))
+        return Ready(y) if isinstance(y, Tensor) else y
 
     def total(self, v: Tensor) -> Tensor:
         return v

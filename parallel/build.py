@@ -11,12 +11,13 @@ from stepladder.model.config import ModelConfig
 from stepladder.model.decoder import Decoder, blocks, skeleton
 from stepladder.model.leaf import Decl, Leaf, declared
 from stepladder.parallel import init
-from stepladder.parallel.expert import AllToAll
+from stepladder.parallel.expert import AllToAll, Carry
+from stepladder.parallel.flight import Lanes
 from stepladder.parallel.labels import label
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.pipeline import Pipe, Stage, spans
 from stepladder.parallel.shard import Sums, copies, local, wrap
-from stepladder.parallel.tensor import OwnTokens, SequenceComm, TensorComm
+from stepladder.parallel.tensor import OwnTokens, Ranks, TensorComm
 
 
 @dataclass
@@ -69,23 +70,24 @@ def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch
 
 def connect(decoder: Decoder, mesh: Mesh) -> None:
     """Give every sublayer its way to the other ranks."""
-    if mesh.tp > 1:
-        stream = (SequenceComm if mesh.layout.sequence else TensorComm)(mesh.group("tp"))
-        tokens = OwnTokens(stream)
-        for block in blocks(decoder):
-            own = block.channel.tokens == "own"
-            block.token_comm, block.channel_comm = stream, tokens if own else stream
-            for mixer, comm in ((block.token, stream), (block.channel, tokens if own else stream)):
-                for leaf in mixer.modules():
-                    if isinstance(leaf, Leaf):
-                        leaf.comm = comm
-        decoder.embed_comm = decoder.head_comm = stream
-        for end in (decoder.embed, decoder.head):
-            if end is not None:
-                end.comm = stream
-                end.first = mesh.tp_rank * decoder.cfg.vocab // mesh.tp
-    if mesh.ep > 1:
-        exchange = AllToAll(mesh.group("ep"))
-        for block in blocks(decoder):
-            if isinstance(block.channel, MoE):
-                block.channel.experts.exchange = exchange
+    if mesh.tp * mesh.ep == 1:
+        return
+    lanes = Lanes(mesh.device)
+    ranks = lambda axis: Ranks(lanes, mesh.group(axis), mesh.beside(axis))
+    stream = TensorComm(lanes, ranks("tp") if mesh.tp > 1 else None, mesh.layout.sequence)
+    tokens = OwnTokens(stream)
+    exchange = AllToAll(ranks("ep")) if mesh.ep > 1 else Carry(lanes)
+    for block in blocks(decoder):
+        own = block.channel.tokens == "own"
+        block.token_comm, block.channel_comm = stream, tokens if own else stream
+        for mixer, comm in ((block.token, stream), (block.channel, block.channel_comm)):
+            for leaf in mixer.modules():
+                if isinstance(leaf, Leaf):
+                    leaf.comm = comm
+        if isinstance(block.channel, MoE):
+            block.channel.experts.exchange = exchange
+    decoder.embed_comm = decoder.head_comm = stream
+    for end in (decoder.embed, decoder.head):
+        if end is not None:
+            end.comm = stream
+            end.first = mesh.tp_rank * decoder.cfg.vocab // mesh.tp

@@ -1,49 +1,84 @@
-"""Expert parallelism: rows travel to the ranks that hold their experts, and back. Dropless, uneven."""
+"""Expert parallelism: rows travel to the ranks that hold their experts, and back. Dropless, uneven.
+
+Dispatch starts beside the token mixer and is awaited by the experts; combine starts behind the experts and is awaited
+by the next norm that reads. Under ladder wiring the mixers in between run meanwhile.
+"""
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepladder.model.residual import Pending
 from stepladder.ops import experts
+from stepladder.parallel.flight import Lanes, Started
+from stepladder.parallel.tensor import Ranks
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.args = receive, send, group
-        out = rows.new_empty(sum(receive), rows.shape[1])
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-        return out
+class Carry:
+    """An Exchange where every rank holds all experts: rows go from lane to lane."""
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
-        return _AllToAll.apply(g, *ctx.args), None, None, None  # pyright: ignore[reportReturnType]
+    def __init__(self, lanes: Lanes):
+        self.lanes = lanes
+
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Pending, Tensor, Any]:
+        return self.lanes.carry(rows), counts, None
+
+    def combine(self, rows: Tensor, back: Any) -> Pending:
+        return self.carry(rows)
+
+    def carry(self, y: Tensor) -> Pending:
+        with self.lanes.front():
+            return self.lanes.carry(y)
+
+
+class Back(NamedTuple):
+    """The way back of dispatched rows."""
+    order: Tensor          # of arrived rows, by expert
+    inverse: Tensor
+    send: list[int]        # rows to each rank
+    receive: list[int]     # rows from each rank
+
+
+class Sorting(NamedTuple):
+    """Rows that will be sorted by expert when they have arrived."""
+    rows: Pending
+    back: Back
+
+    def wait(self) -> Tensor:
+        return experts.permute(self.rows.wait(), self.back.order, self.back.inverse)
 
 
 class AllToAll:
-    """An Exchange over `group`, whose rank r holds experts r E/n .. (r + 1) E/n."""
+    """An Exchange over `ranks`, of which r holds experts r E/n .. (r + 1) E/n."""
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
-        self.n = dist.get_world_size(group)
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.lanes = ranks, ranks.lanes
+        self.carry = Carry(ranks.lanes).carry
+        self.n = dist.get_world_size(ranks.front)
 
-    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Pending, Tensor, Back]:
         counts = counts.view(self.n, -1)                             # (rank, its experts)
         arriving = torch.empty_like(counts)
-        dist.all_to_all_single(arriving, counts, group=self.group)
-        # The one read of the device per MoE layer: uneven splits are host numbers.
+        dist.all_to_all_single(arriving, counts, group=self.ranks.group())
+        # The one read of the device per MoE layer: uneven splits are host numbers. It waits for this lane alone.
         send, receive = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
-        rows = _AllToAll.apply(rows, send, receive, self.group)  # pyright: ignore[reportAssignmentType]
         local = torch.arange(counts.shape[1], device=rows.device).repeat(self.n)
-        expert = local.repeat_interleave(arriving.flatten(), output_size=sum(receive))
-        order = expert.argsort(stable=True)
-        inverse = experts.invert(order)
-        self.way_back = order, inverse, receive, send
-        return experts.permute(rows, order, inverse), arriving.sum(0)
+        order = local.repeat_interleave(arriving.flatten(), output_size=sum(receive)).argsort(stable=True)
+        back = Back(order, experts.invert(order), send, receive)
+        there, home = partial(self._move, send, receive), partial(self._move, receive, send)
+        return Sorting(self.lanes.start(rows, there, home, late=True), back), arriving.sum(0), back
 
-    def combine(self, rows: Tensor) -> Tensor:
-        order, inverse, receive, send = self.way_back
-        return _AllToAll.apply(experts.permute(rows, inverse, order), receive, send, self.group)  # pyright: ignore
+    def combine(self, rows: Tensor, back: Back) -> Pending:
+        with self.lanes.front():
+            rows = experts.permute(rows, back.inverse, back.order)
+            there, home = (partial(self._move, *way) for way in ((back.receive, back.send), (back.send, back.receive)))
+            return self.lanes.start(rows, there, home)
+
+    def _move(self, send: list[int], receive: list[int], rows: Tensor) -> Started:
+        out = rows.new_empty(sum(receive), rows.shape[1])
+        return Started(out, dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.ranks.group(),
+                                                   async_op=True))

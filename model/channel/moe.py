@@ -6,7 +6,7 @@ have to travel, parallel/expert.py replaces its `exchange`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.leaf import Leaf, constant, normal
 from stepladder.model.mixer import ChannelMixer, Plan
-from stepladder.model.residual import Stats
+from stepladder.model.residual import Pending, Ready, Stats
 from stepladder.ops import experts
 from stepladder.ops.attach import attach
 from stepladder.ops.linear import linear, promote
@@ -53,21 +53,57 @@ class Spec:
 class Exchange(Protocol):
     """Carries rows to the ranks that hold their experts, and back."""
 
-    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """rows (N, D) sorted by expert, counts (E,) -> the rows for this rank's experts, sorted, and their counts."""
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Pending, Tensor, Any]:
+        """rows (N, D) sorted by expert, counts (E,) -> the rows for this rank's experts, sorted, their counts, and
+        the way back."""
         ...
 
-    def combine(self, rows: Tensor) -> Tensor:
-        """The inverse of the last dispatch."""
+    def combine(self, rows: Tensor, back: Any) -> Pending:
+        """What became of dispatched rows -> (N, D) in the order in which they were given to dispatch."""
+        ...
+
+    def carry(self, y: Tensor) -> Pending:
+        """y, from the lane of the experts to that of the stream."""
         ...
 
 
 class Here:
-    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        return rows, counts
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Pending, Tensor, Any]:
+        return Ready(rows), counts, None
 
-    def combine(self, rows: Tensor) -> Tensor:
-        return rows
+    def combine(self, rows: Tensor, back: Any) -> Pending:
+        return Ready(rows)
+
+    def carry(self, y: Tensor) -> Pending:
+        return Ready(y)
+
+
+class Way(NamedTuple):
+    """To the experts."""
+    rows: Pending          # (N, D) this rank's experts' rows, sorted by expert
+    counts: Tensor         # (its experts,) how many each
+
+
+class Back(NamedTuple):
+    """And back."""
+    exchanged: Any         # what the exchange wants to know
+    order: Tensor          # (B T k,) which token's choice each sent row was
+    inverse: Tensor        # (B T k,)
+    weights: Tensor        # (B T, k)
+    shape: torch.Size      # (B, T, D)
+
+
+class Returning(NamedTuple):
+    """Rows on their way from the experts; their weighted sum is the output."""
+    rows: Pending
+    shared: Pending | None
+    back: Back
+
+    def wait(self) -> Tensor:
+        _, order, inverse, weights, shape = self.back
+        rows = experts.permute(self.rows.wait(), inverse, order).unflatten(0, weights.shape)
+        y = (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(1).view(shape)
+        return y if self.shared is None else y + self.shared.wait()
 
 
 class Router(Leaf):
@@ -97,11 +133,9 @@ class Experts(Leaf):
         self.weight("down", E, D, H, ep=0, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows (N, D) sorted by expert, counts (E,) -> (N, D) in the same order."""
-        rows, counts = self.exchange.dispatch(rows, counts)
+        """rows (N, D) sorted by expert, counts (its experts,) -> (N, D) in the same order."""
         fast = self.engine == "grouped" and experts.can_group(rows, self.hidden)
-        rows = (experts.grouped if fast else experts.loop)(rows, counts, self.up, self.gate, self.down)
-        return self.exchange.combine(rows)
+        return (experts.grouped if fast else experts.loop)(rows, counts, self.up, self.gate, self.down)
 
 
 class Mixer(ChannelMixer):
@@ -125,10 +159,16 @@ class Mixer(ChannelMixer):
             self.weight("shared_gate", spec.shared, D, init=normal(cfg.std))
             self.weight("shared_down", D, spec.shared, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
-    def plan(self, x: Tensor, route: tuple[Tensor, ...]) -> Plan:
-        logits, *later = (*route, *(router(x) for router in self.routers))
+    def plan(self, x: Pending, route: tuple[Tensor, ...]) -> Plan:
+        tokens = x.wait()
+        logits, *later = (*route, *(router(tokens) for router in self.routers))
         ids, weights, stats = self.choose(logits)
-        return Plan(tuple(later), stats, ids, weights)
+        order = ids.flatten().argsort(stable=True)
+        inverse = experts.invert(order)
+        rows = experts.permute(tokens.flatten(0, 1), order, inverse, self.spec.top_k)
+        counts = experts.count(ids.flatten(), self.spec.experts)
+        rows, counts, exchanged = self.experts.exchange.dispatch(rows, counts)
+        return Plan(tuple(later), stats, Way(rows, counts), Back(exchanged, order, inverse, weights, tokens.shape))
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Stats]:
         """logits (B, T, E) -> expert ids and weights (B T, k), and what the log wants to know."""
@@ -149,19 +189,17 @@ class Mixer(ChannelMixer):
         stats = Stats(counts.sum(0), entropy.detach(), balance.detach())
         return ids.flatten(0, 1), weights.flatten(0, 1), stats
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        ids, weights = plan.ids, plan.weights
-        assert ids is not None
-        assert weights is not None
-        order = ids.flatten().argsort(stable=True)
-        inverse = experts.invert(order)
-        flat, k = x.flatten(0, 1), self.spec.top_k
-        rows = self.experts(experts.permute(flat, order, inverse, k), experts.count(ids.flatten(), self.spec.experts))
-        rows = experts.permute(rows, inverse, order).unflatten(0, (-1, k))
-        y = (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(1)
+    def forward(self, x: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
+        """The experts' rows, sorted by expert, and the shared expert's output, which is made while they travel."""
+        shared = None
         if self.spec.shared:
-            y = y + linear(F.silu(linear(flat, self.shared_gate)) * linear(flat, self.shared_up), self.shared_down)
-        return y.view_as(x)
+            shared = linear(F.silu(linear(x, self.shared_gate)) * linear(x, self.shared_up), self.shared_down)
+        return self.experts(way.rows.wait(), way.counts), shared
+
+    def deliver(self, y: tuple[Tensor, Tensor | None], plan: Plan) -> Pending:
+        (rows, shared), exchange = y, self.experts.exchange
+        return Returning(exchange.combine(rows, plan.back.exchanged),
+                         None if shared is None else exchange.carry(shared), plan.back)
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:

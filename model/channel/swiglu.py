@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.leaf import normal
-from stepladder.model.mixer import ChannelMixer, Plan
+from stepladder.model.mixer import ChannelMixer
 from stepladder.ops.linear import linear
 
 
@@ -33,7 +33,7 @@ class Mixer(ChannelMixer):
         self.weight("gate", spec.hidden, cfg.width, tp=0, init=normal(cfg.std))
         self.weight("down", cfg.width, spec.hidden, tp=1, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+    def forward(self, x: Tensor, way: None = None) -> Tensor:
         return linear(F.silu(linear(x, self.gate)) * linear(x, self.up), self.down)
 
 

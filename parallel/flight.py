@@ -1,0 +1,165 @@
+"""How outputs travel while mixers compute: two lanes, and collectives that start in one place and land in another.
+
+Mixers run on the front lane, the stream that was current. What joins their outputs (sums, norms, routers) runs beside
+it on a stream of its own, as far ahead as the wiring lets it. A collective is started by one autograd node and awaited
+by another, and its backward mirrors that:
+
+                    start                       land
+enter   forward     beside: gather              front, as the mixer begins
+        backward    front, as the mixer ends    beside: scatter, before the norm's backward
+leave   forward     front, as the mixer ends    beside: scatter, before the next norm that reads it
+        backward    beside: gather              front, as the mixer's backward begins
+
+Under plain tensor parallelism gather is a copy and scatter is a sum. On a CPU there is one lane and the same order.
+"""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from stepladder.model.residual import Pending, Ready, Stream
+
+
+class Started(NamedTuple):
+    """A tensor that a collective is still writing, and what makes the result of it when it is complete."""
+    y: Tensor
+    work: dist.Work | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+
+
+Trip = Callable[[Tensor], Started]
+
+
+class Lanes:
+    """The two lanes of a decoder, and the order in which its backward goes from one to the other."""
+
+    def __init__(self, device: torch.device):
+        # High priority: what runs beside is small, and what waits for it is not.
+        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.main: torch.cuda.Stream | None = None
+        self.mark = self.low = 0
+
+    def beside(self) -> bool:
+        """Whether this is the side lane; a backward node runs on the lane its forward ran on."""
+        return self.side is not None and torch.cuda.current_stream(self.side.device) == self.side
+
+    def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
+        """run(s) beside the front lane, which has made s, and waits for the result."""
+        self.mark = torch.iinfo(torch.int64).max
+        if self.side is None:
+            return run(s)
+        self.main = torch.cuda.current_stream(self.side.device)
+        self.side.wait_stream(self.main)
+        _used_by(self.side, s)
+        with torch.cuda.stream(self.side):
+            s = run(s)
+        self.main.wait_stream(self.side)
+        _used_by(self.main, s)
+        return s
+
+    @contextlib.contextmanager
+    def front(self, *needs: Any) -> Iterator[None]:
+        """Back to the front lane; with `needs`, once the side lane has made them."""
+        if self.side is None or self.main is None:
+            yield
+            return
+        if needs:
+            self.main.wait_stream(self.side)
+            _used_by(self.main, needs)
+        with torch.cuda.stream(self.main):
+            yield
+
+    def sublayer(self) -> None:
+        """The next sublayer begins here."""
+        self.low, self.mark = self.mark, torch._C._autograd._get_sequence_nr()  # pyright: ignore
+
+    def start(self, x: Tensor, go: Trip, back: Trip, late: bool = False) -> Pending:
+        """Send x off; wait() gives what `go` makes of it, and its gradient comes by `back`.
+
+        late: it is a sublayer's input. Autograd runs the newest ready node, and that would be the wait for its
+        gradient: it is made as old as the sublayer before, so that this one's backward is queued first.
+        """
+        flight = _Flight(go, back)
+        token: Tensor = _Start.apply(x, flight)  # pyright: ignore[reportAssignmentType]
+        if late and token.grad_fn is not None:
+            node: Any = token.grad_fn
+            node._set_sequence_nr(min(self.low, node._sequence_nr()))
+        return Travelling(token, flight)
+
+    def carry(self, x: Tensor) -> Pending:
+        """From this lane to the one that waits."""
+        stay = lambda x: Started(x.detach())
+        return Ready(x) if self.side is None else self.start(x, stay, stay)
+
+
+class _Flight:
+    """One tensor on its way, forward or backward."""
+
+    def __init__(self, go: Trip, back: Trip):
+        self.go, self.back = go, back
+        self.under_way: tuple[Tensor, Started, Any] | None = None
+
+    def start(self, trip: Trip, x: Tensor) -> None:
+        started = trip(x)
+        on_gpu_alone = started.work is None and x.is_cuda
+        self.under_way = x, started, torch.cuda.current_stream().record_event() if on_gpu_alone else started.work
+
+    def land(self) -> Tensor:
+        assert self.under_way is not None
+        (x, (y, _, finish), work), self.under_way = self.under_way, None
+        if work is not None:
+            with torch.no_grad():    # gloo's reduce-scatter copies into y here; autograd would take that for the maths
+                work.wait()
+        # Both were made on the lane that started, and may be forgotten by this one while it still uses them.
+        _used_by(torch.cuda.current_stream() if y.is_cuda else None, (x, y))
+        return y if finish is None else finish(y)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.start(flight.go, x)
+        return _stand_in(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return ctx.flight.land(), None
+
+
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight, ctx.token = flight, token.detach()
+        return flight.land()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        ctx.flight.start(ctx.flight.back, g)
+        return _stand_in(ctx.token), None
+
+
+def _stand_in(x: Tensor) -> Tensor:
+    """For a tensor on its way: its shape, and next to no memory."""
+    return x.new_empty(()).expand(x.shape)
+
+
+class Travelling(NamedTuple):
+    token: Tensor
+    flight: _Flight
+
+    def wait(self) -> Tensor:
+        return _Land.apply(self.token, self.flight)  # pyright: ignore[reportReturnType]
+
+
+def _used_by(stream: torch.cuda.Stream | None, things: Any) -> None:
+    """The allocator must not give their memory away before `stream` has come this far."""
+    for t in tree_leaves(things):
+        if stream is not None and isinstance(t, Tensor) and t.is_cuda:
+            t.record_stream(stream)
