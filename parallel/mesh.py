@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 
 import torch
@@ -20,6 +21,7 @@ class Mesh:
     device: torch.device
     rank: int = 0
     size: int = 1
+    patience: timedelta | None = None      # torch's own limit for a collective; None: its default
 
     def __post_init__(self) -> None:
         p = self.layout
@@ -100,7 +102,11 @@ class Mesh:
         return {}
 
     def _view(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-        return DeviceMesh(self.device.type, torch.arange(self.size).view(shape), mesh_dim_names=names)
+        view = DeviceMesh(self.device.type, torch.arange(self.size).view(shape), mesh_dim_names=names)
+        if self.patience is not None:                  # new groups do not take it from the group of all ranks
+            for group in view.get_all_groups():
+                dist.distributed_c10d._set_pg_timeout(self.patience, group)
+        return view
 
     def connect(self, decls: Iterable[Decl]) -> None:
         """Make every group that parameters declared so will need. Collective: all ranks, the same whole model."""
@@ -110,6 +116,8 @@ class Mesh:
         _ = self.dense, self.data
         if any(d.ep is not None for d in every):
             _ = self.expert
+            self.beside("ep")
+        self.beside("tp")
         for pieces in sorted({d.pieces(self.tp) for d in every if d.tp is not None} - {self.tp}):
             self.units(pieces)
 
@@ -118,6 +126,22 @@ class Mesh:
         if name == "dp":
             return self.data.get_group()
         return (self.expert if name in ("ep", "edp") else self.dense)[name].get_group()
+
+    def beside(self, axis: str) -> dist.ProcessGroup | None:
+        """A second group of the ranks of tp or ep: NCCL works off a group's collectives in the order of their calls,
+        and what runs beside the mixers must not queue behind what waits for one. None on a CPU, where calls block."""
+        n = self.tp if axis == "tp" else self.ep
+        if n == 1 or self.device.type == "cpu":
+            return None
+        if axis not in self._beside:
+            group, _ = dist.new_subgroups_by_enumeration(torch.arange(self.size).view(-1, n).tolist())
+            assert isinstance(group, dist.ProcessGroup)
+            self._beside[axis] = group
+        return self._beside[axis]
+
+    @cached_property
+    def _beside(self) -> dict[str, dist.ProcessGroup]:
+        return {}
 
     @property
     def alone(self) -> bool:
