@@ -57,6 +57,8 @@ class Train:
     eval_every: Natural = 0         # steps; 0: no evaluation
     eval_batches: Count = 4         # of batch_tokens held-out tokens, the same ones every time and on every layout
     log_every: Count = 1            # steps a console line
+    collective_minutes: Above0 = 10.0    # a collective or a step without progress for so long ends the run
+    same_batch_steps: Natural = 3   # first steps in which ranks compare the batches that must be equal
 
 
 @dataclass(frozen=True)

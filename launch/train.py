@@ -10,6 +10,7 @@ import signal
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from stepladder.data import loader as data
-from stepladder.launch import config, world
+from stepladder.launch import agree, config, world
 from stepladder.launch.log import Log
 from stepladder.model.context import borders
 from stepladder.model.decoder import flops, parameters
@@ -27,6 +28,7 @@ from stepladder.parallel.checkpoint import CheckpointError, Lock, Store
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.optimizer import Optimizer, Report
 from stepladder.parallel.pipeline import Micro
+from stepladder.parallel.watch import watch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16 FLOP/s of the datasheets
@@ -63,12 +65,11 @@ def lr_at(step: int, o: config.Optimizer, steps: int) -> float:
 class Trainer:
     """A run on this rank: everything that lives from the first step to the last."""
 
-    def __init__(self, run: config.Run, folder: Path, w: world.World, resume: str):
-        self.run, self.folder, self.world = run, folder, w
-        self.plan = config.derived(run, w.size)
-        self.device = w.device(self.plan.device)
+    def __init__(self, run: config.Run, folder: Path, w: world.World, mesh: Mesh, meeting: dist.Store | None,
+                 resume: str):
+        self.run, self.folder, self.world, self.mesh, self.meeting = run, folder, w, mesh, meeting
+        self.plan, self.device = config.derived(run, w.size), mesh.device
         _numerics(self.plan, run.train.dtype)
-        self.mesh = Mesh(run.parallel, self.device, w.rank, w.size)
         self.store = Store(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every,
                            background=run.checkpoint.background, on_failure=self._tell, note=self._tell)
         self.log: Log | None = None
@@ -103,6 +104,7 @@ class Trainer:
         self.flops = 3 * flops(run.model, run.data.seq)
         self.peak = _peak(self.device) * self.world.size
         self.stop, self.clock = _Stop(), _Clock()
+        self.header: dict[str, Any] = {"mesh": repr(self.mesh)}      # of the first record
         self._introduce(start)
 
     def _choose(self, resume: str) -> Path | None:
@@ -131,6 +133,8 @@ class Trainer:
     def _introduce(self, start: Path | None) -> None:
         total, active = parameters(self.run.model)
         self._tell(f"{self.mesh!r}, told by {self.world.launcher}")
+        if warning := world.slow_link(self.run, self.world, self.flops, self.peak / self.world.size):
+            self._tell(warning)
         self._tell(f"{self.plan}")
         self._tell(f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them for each token, "
                    f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
@@ -144,9 +148,14 @@ class Trainer:
         c, t = self.run.checkpoint, self.run.train
         waiting: _Late | None = None
         self.clock.start(self.loader.waited)
+        compared = 0
         while self.at < end:
             batches = [next(self.loader) for _ in range(self.plan.accumulation)]
             self.at += 1
+            watch.step(self.at)
+            if self.meeting is not None and compared < t.same_batch_steps:
+                agree.on_the_batch(self.meeting, self.mesh, self.at, batches, t.collective_minutes)
+                compared += 1
             self.cursor = batches[-1].cursor
             self.tokens += self.run.data.batch_tokens
             lr = lr_at(self.at, self.run.optimizer, t.steps)
@@ -160,16 +169,18 @@ class Trainer:
             save = last or (c.every > 0 and self.at % c.every == 0)
             if held_out or save or stop:
                 late.read()
-                if save:                                     # first: an evaluation that fails must not cost it
-                    self.save()
-                stop = self._record(late, evaluate=held_out) or stop
-                waiting = None
-                if stop and not save:
-                    self.save()
+                with watch.rest():
+                    if save:                                 # first: an evaluation that fails must not cost it
+                        self.save()
+                    stop = self._record(late, evaluate=held_out) or stop
+                    waiting = None
+                    if stop and not save:
+                        self.save()
                 self.clock.start(self.loader.waited)         # the next step's time is its own
             if stop:
                 break
-        self.store.finish()
+        with watch.rest():
+            self.store.finish()
 
     def save(self) -> None:
         cursors = self.store.ranks.gather(self.cursor)
@@ -206,6 +217,8 @@ class Trainer:
                   "entropy": r.entropy.tolist(), "balance": r.balance.tolist(), "skipped": int(r.skipped)}
         if evaluate:
             record["eval_loss"] = self.evaluate()
+        record |= self.header
+        self.header = {}
         if self.loader.skipped:
             record["skipped_shards"] = self.loader.skipped
         self.log.step(record)
@@ -312,29 +325,45 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.run or Path("runs") / Path(args.config).stem)
     if w.main:
         _claim(folder)
-    began = time.perf_counter()
+    device, minutes = w.device(config.derived(chosen, w.size).device), chosen.train.collective_minutes
     with Lock(folder) if w.main else contextlib.nullcontext():
-        w.connect(w.device(config.derived(chosen, w.size).device))
-        trainer = Trainer(chosen, folder, w, args.resume)
-        try:
-            if w.main:
-                (folder / "config.toml").write_text(config.dump(chosen))
-                trainer.loader.tokenizer.save(folder)             # the run can be sampled without its shards
-            with _profiled(args.profile, folder, w.rank) as mark:
-                trainer.steps(args.steps_now, mark)
-        finally:
-            trainer.store.finish()                                # a save under way is not lost with the run
-            trainer.loader.close()
-            assert trainer.log is not None
-            trainer.log.close()
-        kept = trainer.store.saved == trainer.at
-        if w.main:
-            print(f"step {trainer.at} of {chosen.train.steps}, {trainer.tokens:,} tokens, "
-                  f"{time.perf_counter() - began:.0f} s; {folder}"
-                  f"{'' if kept else ': the last step is not saved, run the same command again'}", flush=True)
+        store = w.meet()
+        if store is not None:
+            flags = {"--folder": str(folder), "--resume": args.resume, "--steps-now": args.steps_now,
+                     "the kind of device": device.type}
+            agree.on_the_run(store, w.rank, w.size, config.dump(chosen), flags, minutes)
+        patience = timedelta(minutes=minutes + 2)            # torch's own limit: the watchdog speaks first, in words
+        w.connect(device, store, patience)
+        mesh = Mesh(chosen.parallel, device, w.rank, w.size, patience)
+        with contextlib.nullcontext() if store is None else watch.over(mesh, store, 60 * minutes):
+            with watch.rest():                               # no step is under way: a slow disk or build is no hang
+                trainer = Trainer(chosen, folder, w, mesh, store, args.resume)
+            kept = _train(args, trainer)
     if dist.is_initialized() and w.launcher != "given":
         dist.destroy_process_group()
     return 0 if kept else 1
+
+
+def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
+    """Whether the last step is saved."""
+    began, folder, main = time.perf_counter(), trainer.folder, trainer.world.main
+    try:
+        if main:
+            (folder / "config.toml").write_text(config.dump(trainer.run))
+            trainer.loader.tokenizer.save(folder)             # the run can be sampled without its shards
+        with _profiled(args.profile, folder, trainer.world.rank) as mark:
+            trainer.steps(args.steps_now, mark)
+    finally:
+        trainer.store.finish()                                # a save under way is not lost with the run
+        trainer.loader.close()
+        assert trainer.log is not None
+        trainer.log.close()
+    kept = trainer.store.saved == trainer.at
+    if main:
+        print(f"step {trainer.at} of {trainer.run.train.steps}, {trainer.tokens:,} tokens, "
+              f"{time.perf_counter() - began:.0f} s; {folder}"
+              f"{'' if kept else ': the last step is not saved, run the same command again'}", flush=True)
+    return kept
 
 
 def _claim(folder: Path) -> None:
