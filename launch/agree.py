@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from stepladder.data.loader import Batch
 from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.watch import listed
 
 LAYERS = ("launch", "parallel", "model", "ops", "kernels", "data")
 CODE, TORCH = "the code of stepladder", "the version of torch"
@@ -49,7 +50,7 @@ def _missing(store: dist.Store, key: str, size: int, limit: timedelta) -> str | 
         store.wait([f"{key}/{r}" for r in range(size)], limit)
     except dist.DistStoreError:
         absent = [r for r in range(size) if not store.check([f"{key}/{r}"])]
-        return (f"{_ranks(absent)} did not come within {limit.total_seconds() / 60:g} minutes; "
+        return (f"{listed(absent)} did not come within {limit.total_seconds() / 60:g} minutes; "
                 "look at what was said there last, or raise train.collective_minutes")
 
 
@@ -109,9 +110,4 @@ def _shares(values: Sequence[str], ranks: Sequence[int] | None = None) -> str:
     holders: dict[str, list[int]] = defaultdict(list)
     for rank, value in zip(ranks or range(len(values)), values, strict=True):
         holders[value].append(rank)
-    return ", ".join(f"{value} on {_ranks(held)}" for value, held in holders.items())
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    names = [*map(str, ranks[:8]), *([f"{len(ranks) - 8} more"] if len(ranks) > 8 else [])]
-    return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names[:-1])} and {names[-1]}"
+    return ", ".join(f"{value} on {listed(held)}" for value, held in holders.items())

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,12 @@ HELD = 4               # collectives watched at once: a handle keeps its output 
 NAMES = 4096           # collectives whose names are remembered, to say between which two a hang is
 BEAT = 2.0             # seconds between two words to the store; less where the limit is short
 HOUSE = str(Path(__file__).parents[1])
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """rank 3; ranks 1 and 3; ..."""
+    names = [*map(str, ranks[:8]), *([f"{len(ranks) - 8} more"] if len(ranks) > 8 else [])]
+    return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names[:-1])} and {names[-1]}"
 
 
 class LostRank(RuntimeError):
@@ -159,30 +165,38 @@ class Watch:
             return f"the store, at rank 0 or its launcher, is gone too: {lost}"
 
     def _others(self) -> str:
-        """Which other rank is to blame, by what they say and whose beats have stopped."""
-        waits = self._oldest()
+        """Which rank is to blame, by what all say of themselves and whose beats have stopped: the same everywhere."""
         before = self._read()
         self.ended.wait(2.5 * self.pause)
         words = self._read()
         if left := next((word.left for word in words.values() if word.left), None):
             return left
-        silent = {rank: word for rank, word in words.items() if word.beat == before[rank].beat}
+        silent = [r for r, word in words.items() if word.beat == before[r].beat and r != self.mesh.rank]
         if silent:
-            return "; ".join(f"{self._rank(rank)} has been silent for {max(0.0, time.time() - word.time):.0f} s, last "
-                             f"heard of in step {word.step}{word.stands}" for rank, word in [*silent.items()][:4])
-        behind = {rank: word for rank, word in words.items() if word.step < self.now}
-        if not behind:          # ranks of one stage start the same collectives in the same order
-            reached = waits[0] if waits else self.started
-            stage = {rank: word for rank, word in words.items() if self.mesh.at(rank).pp_rank == self.mesh.pp_rank}
-            least = min((word.started for word in stage.values()), default=reached)
-            behind = {rank: word for rank, word in stage.items() if word.started == least < reached}
-        if behind:
-            return "; ".join(f"{self._rank(rank)} never came, it is in step {word.step}{word.stands}"
-                             for rank, word in [*behind.items()][:4])
+            return self._list(silent, lambda r: f"has been silent for {max(0.0, time.time() - words[r].time):.0f} s, "
+                                                f"last heard of in step {words[r].step}{words[r].stands}")
+        if behind := self._behind(words):
+            return self._list(behind, lambda r: f"never came, it is in step {words[r].step}{words[r].stands}")
         places: dict[str, list[int]] = defaultdict(list)
         for rank, word in words.items():
             places[f"in step {word.step}{word.stands}"].append(rank)
-        return "; ".join(f"rank {', '.join(map(str, ranks[:8]))} is {place}" for place, ranks in [*places.items()][:4])
+        return "; ".join(f"{listed(ranks)} {place}" for place, ranks in [*places.items()][:4])
+
+    def _list(self, ranks: list[int], what: Callable[[int], str]) -> str:
+        more = f"; and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+        return "; ".join(f"{self._rank(r)} {what(r)}" for r in ranks[:4]) + more
+
+    def _behind(self, words: dict[int, Word]) -> list[int]:
+        """The ranks that are least far. Those of one stage start the same collectives in the same order."""
+        step = max(word.step for word in words.values())
+        if late := [r for r, word in words.items() if word.step < step]:
+            return late
+        stages: dict[int, list[int]] = defaultdict(list)
+        for r, word in words.items():
+            stages[self.mesh.at(r).pp_rank].append(word.started)
+        least, most = ({stage: f(started) for stage, started in stages.items()} for f in (min, max))
+        return [r for r, word in words.items()
+                if word.started == least[stage := self.mesh.at(r).pp_rank] and least[stage] < most[stage]]
 
     def _oldest(self) -> tuple[int, float] | None:
         """Number and start of the oldest collective that is known not to be complete."""
@@ -215,9 +229,8 @@ class Watch:
         self.store.set(f"watch/{self.mesh.rank}", json.dumps(word))
 
     def _read(self) -> dict[int, Word]:
-        ranks = [rank for rank in range(self.mesh.size) if rank != self.mesh.rank]
-        words = self.store.multi_get([f"watch/{rank}" for rank in ranks])
-        return {rank: Word(*json.loads(word)) for rank, word in zip(ranks, words, strict=True)}
+        words = self.store.multi_get([f"watch/{rank}" for rank in range(self.mesh.size)])
+        return {rank: Word(*json.loads(word)) for rank, word in enumerate(words)}
 
     def _rank(self, rank: int) -> str:
         return f"rank {rank} ({self.mesh.at(rank).place})"
