@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -181,13 +181,30 @@ def parameters(cfg: ModelConfig) -> tuple[int, int]:
     return sum(sizes.values()), sum(sizes.values()) - idle
 
 
-def flops(cfg: ModelConfig, T: int) -> int:
-    """Forward FLOPs a token, mean over a row of T: products with weights and mixing, causal halves not counted."""
+class Cost(NamedTuple):
+    flops: int               # forward, a token: products with weights and mixing, causal halves not counted
+    parameters: int
+
+    def __add__(self, other: Cost) -> Cost:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Cost(self.flops + other.flops, self.parameters + other.parameters)
+
+
+def costs(cfg: ModelConfig, T: int) -> list[Cost]:
+    """Of the embedding, of each layer, and of the final norm with the head; FLOPs are the mean over a row of T."""
     model = skeleton(cfg)
-    weights = sum(torch.Size(d.shape).numel() for name, d in declared(model).items()
-                  if len(d.shape) > 1 and d.ep is None and name != "embed.table")
-    weights += cfg.vocab * cfg.width if cfg.tied else 0
-    return 2 * weights + sum(b.token.flops(T) + b.channel.flops() for b in blocks(model))
+    table = cfg.vocab * cfg.width             # a lookup is no product; a tied head multiplies with a table it lacks
+    layers = [_cost(b, b.token.flops(T) + b.channel.flops()) for b in blocks(model)]
+    return [Cost(0, table), *layers, Cost(2 * table, cfg.width + (0 if cfg.tied else table))]
+
+
+def _cost(module: nn.Module, mixing: int) -> Cost:
+    sizes = [(torch.Size(d.shape).numel(), len(d.shape) > 1 and d.ep is None) for d in declared(module).values()]
+    return Cost(2 * sum(n for n, product in sizes if product) + mixing, sum(n for n, _ in sizes))
+
+
+def flops(cfg: ModelConfig, T: int) -> int:
+    """Forward FLOPs a token, mean over a row of T."""
+    return sum(c.flops for c in costs(cfg, T))
 
 
 def blocks(model: Decoder) -> list[Block]:
