@@ -271,14 +271,27 @@ def _pregates(run: Run, world: int) -> None:
 
 def _pipeline(run: Run, world: int) -> None:
     """The micro-batches of a step, or of an evaluation, are what fills the pipeline."""
-    pp, data = run.parallel.pp, run.data
-    if pp > run.model.layers:
-        raise ConfigError(f"parallel.pp = {pp} is more stages than model.layers = {run.model.layers}; lower it")
+    p, data = run.parallel, run.data
+    if p.schedule == "1f1b" and p.chunks != 2:
+        raise ConfigError(f'parallel.chunks = {p.chunks} is for schedule = "interleaved", but the schedule is "1f1b"; '
+                          f'drop chunks or change the schedule')
+    if p.pp == 1:
+        return
+    if p.stages > run.model.layers:
+        what = "parallel.pp" if p.schedule == "1f1b" else "parallel.pp x chunks"
+        raise ConfigError(f"{what} = {p.stages} is more stages than model.layers = {run.model.layers}; lower it")
+    if p.schedule == "zero-bubble" and run.train.compile:
+        raise ConfigError('train.compile = true computes both halves of a backward at once, which parallel.schedule = '
+                          '"zero-bubble" takes apart; set train.compile = false or another schedule')
     passes = derived(run, world).accumulation
-    if passes < pp:
-        raise ConfigError(f"data.batch_tokens = {data.batch_tokens} gives a rank {passes} micro-batches of {data.rows} "
-                          f"rows, too few for parallel.pp = {pp} stages; set it to {data.batch_tokens // passes * pp}, "
-                          f"or lower data.rows or parallel.pp")
+    has = f"data.batch_tokens = {data.batch_tokens} gives a rank {passes} micro-batches of {data.rows} rows"
+    set_to = f"set it to {data.batch_tokens // passes * -(-passes // p.pp) * p.pp}"
+    if passes < p.pp:
+        raise ConfigError(f"{has}, too few for parallel.pp = {p.pp} stages; {set_to}, "
+                          "or lower data.rows or parallel.pp")
+    if p.schedule == "interleaved" and passes % p.pp:
+        raise ConfigError(f"{has}, but interleaved stages take them by parallel.pp = {p.pp} at a time; {set_to}, "
+                          "or change data.rows or the schedule")
 
 
 def _sequence(run: Run, world: int) -> None:

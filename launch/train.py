@@ -22,7 +22,7 @@ from stepladder.launch import agree, config, world
 from stepladder.launch.log import Log
 from stepladder.model.context import borders
 from stepladder.model.decoder import flops, parameters
-from stepladder.parallel import checkpoint
+from stepladder.parallel import checkpoint, spans
 from stepladder.parallel.build import Parts, build
 from stepladder.parallel.checkpoint import CheckpointError, Lock, Store
 from stepladder.parallel.mesh import Mesh
@@ -91,7 +91,7 @@ class Trainer:
         if meta:
             checkpoint.refuse_mismatch({"data": meta["manifest"]}, {"data": self.loader.manifest_hash})
         self.parts = build(run.model, self.mesh, seed=run.train.seed, dtype=DTYPES[run.train.dtype],
-                           recompute=run.train.recompute, compiled=run.train.compile)
+                           recompute=run.train.recompute, compiled=run.train.compile, seq=run.data.seq)
         o = run.optimizer
         self.optimizer = Optimizer(self.parts, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay,
                                    clip=run.train.clip)
@@ -136,6 +136,8 @@ class Trainer:
         if warning := world.slow_link(self.run, self.world, self.flops, self.peak / self.world.size):
             self._tell(warning)
         self._tell(f"{self.plan}")
+        if self.mesh.pp > 1:
+            self._tell(spans.spell(self.run.model, self.run.parallel, self.run.data.seq))
         self._tell(f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them for each token, "
                    f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")

@@ -15,8 +15,9 @@ from stepladder.parallel.expert import AllToAll, Carry
 from stepladder.parallel.flight import Lanes
 from stepladder.parallel.labels import label
 from stepladder.parallel.mesh import Mesh
-from stepladder.parallel.pipeline import Pipe, Stage, spans
+from stepladder.parallel.pipeline import Pipe, Stage
 from stepladder.parallel.shard import Sums, copies, local, wrap
+from stepladder.parallel.spans import spans
 from stepladder.parallel.tensor import OwnTokens, Ranks, TensorComm
 
 
@@ -24,17 +25,25 @@ from stepladder.parallel.tensor import OwnTokens, Ranks, TensorComm
 class Parts:
     """This rank's part of a model."""
     mesh: Mesh
-    decoder: Decoder
-    pipe: Pipe                        # micro-batches through the stage
+    decoders: list[Decoder]           # the spans of layers it holds, in order
+    pipe: Pipe                        # micro-batches through the stages
     sums: Sums                        # the gradient sums FSDP does not do; call after the passes of a step
     decls: dict[str, Decl]
     sharded: dict[str, int]           # parameter -> dimension FSDP cut
 
+    @property
+    def decoder(self) -> Decoder:
+        """The model, where this rank holds it in one piece."""
+        (only,) = self.decoders
+        return only
+
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.decoder.named_parameters())
+        return {name: p for decoder in self.decoders for name, p in decoder.named_parameters()}
 
     def copies(self, name: str) -> int:
-        return copies(self.decls[name], self.mesh, name in self.sharded)
+        """How many ranks hold the same piece of a parameter."""
+        ends = 2 if self.decoders[0].cfg.tied and name == "embed.table" and self.mesh.ends is not None else 1
+        return ends * copies(self.decls[name], self.mesh, name in self.sharded)
 
     def label(self, name: str, piece: Tensor) -> Tensor:
         """A tensor cut like parameter `name` (itself, its gradient, its moments) as a piece of the declared whole."""
@@ -43,17 +52,39 @@ class Parts:
 
 @torch.inference_mode(False)         # weights are filled by threads, which would not know of it
 def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32, recompute: str = "none",
-          compiled: bool = False) -> Parts:
-    """Weights of at least fp32, computing in `dtype`. recompute: none, token, channel or both."""
+          compiled: bool = False, seq: int = 4096) -> Parts:
+    """Weights of at least fp32, computing in `dtype`. recompute: none, token, channel or both.
+
+    seq: tokens a row, by which the stages of a pipeline are balanced.
+    """
     # Making a group is collective: every stage makes them all, in one order, also those of layers it does not hold.
-    mesh.connect(declared(skeleton(cfg)).values())
-    decoder = skeleton(cfg, spans(cfg.layers, mesh.pp)[mesh.pp_rank])
-    decls = declared(decoder)
+    mesh.connect(declared(skeleton(cfg)).values(), tied=cfg.tied)
+    cuts = spans(cfg, mesh.layout.stages, seq)
+    decoders = [skeleton(cfg, cuts[i]) for i in mesh.layout.held(mesh.pp_rank)]
+    for decoder in decoders:
+        _materialise(decoder, mesh, seed, dtype)
+    if cfg.tied and len(decoders) > 1 and decoders[0].embed is not None and decoders[-1].embed is not None:
+        decoders[-1].embed = decoders[0].embed        # both ends of a V: one table
+        decoders[0].embed.replicated = True           # which two FSDP roots cannot share
+    for decoder in decoders:
+        connect(decoder, mesh)
+        _choose(decoder, recompute, compiled)
+    stages = [Stage(decoder) for decoder in decoders]
+    sharded = {k: v for stage in stages for k, v in wrap(stage, stage.decoder, mesh, dtype).items()}
+    decls = {k: v for decoder in decoders for k, v in declared(decoder).items()}
+    return Parts(mesh, decoders, Pipe(stages, mesh), Sums(decoders, mesh, sharded), decls, sharded)
+
+
+def _materialise(decoder: Decoder, mesh: Mesh, seed: int, dtype: torch.dtype) -> None:
+    """This rank's slices, with their initial values."""
     init.split(decoder, mesh)
     decoder.to(dtype=torch.promote_types(dtype, torch.float32)).to_empty(device=mesh.device)
     init.fill(decoder, mesh, seed)
     decoder.dtype = dtype
-    connect(decoder, mesh)
+
+
+def _choose(decoder: Decoder, recompute: str, compiled: bool) -> None:
+    """How its blocks are computed."""
     for block in blocks(decoder):
         block.recompute = recompute in ("token", "both"), recompute in ("channel", "both")
         if compiled:
@@ -63,9 +94,6 @@ def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch
     if compiled and decoder.head is not None and decoder.norm is not None:
         decoder.norm.compile()
         decoder.head.compiled = True
-    stage = Stage(decoder)
-    sharded = wrap(stage, decoder, mesh, dtype)
-    return Parts(mesh, decoder, Pipe(stage, mesh), Sums(decoder, mesh, sharded), decls, sharded)
 
 
 def connect(decoder: Decoder, mesh: Mesh) -> None:

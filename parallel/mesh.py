@@ -108,12 +108,25 @@ class Mesh:
                 dist.distributed_c10d._set_pg_timeout(self.patience, group)
         return view
 
-    def connect(self, decls: Iterable[Decl]) -> None:
+    @cached_property
+    def ends(self) -> dist.ProcessGroup | None:
+        """The ranks of the first and the last stage, which share a tied embedding; None on a rank between them, and
+        where one rank holds both."""
+        first, *_, last = range(0, self.size, self.dp * self.tp) if self.pp > 1 else (0, 0)
+        if first == last or self.layout.schedule == "zero-bubble":
+            return None
+        pairs = [[first + r, last + r] for r in range(self.dp * self.tp)]
+        group, _ = dist.new_subgroups_by_enumeration(pairs)
+        return None if isinstance(group, int) else group
+
+    def connect(self, decls: Iterable[Decl], tied: bool = False) -> None:
         """Make every group that parameters declared so will need. Collective: all ranks, the same whole model."""
         if self.alone:
             return
         every = list(decls)
         _ = self.dense, self.data
+        if tied:
+            _ = self.ends
         if any(d.ep is not None for d in every):
             _ = self.expert
             self.beside("ep")

@@ -47,11 +47,11 @@ class Optimizer:
             self.adam.state[p] = {"step": self.steps.clone(), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
         self.skipped, self.streak = (torch.zeros((), device=parts.mesh.device) for _ in range(2))
-        self.moe = {int(name): b.channel for name, b in zip(parts.decoder.blocks, blocks(parts.decoder), strict=True)
-                    if isinstance(b.channel, MoE)}
+        self.moe = {int(name): b.channel for decoder in parts.decoders
+                    for name, b in zip(decoder.blocks, blocks(decoder), strict=True) if isinstance(b.channel, MoE)}
         # Pieces that several ranks hold count once in the global norm.
         self.once = torch.tensor([1 / parts.copies(name) for name in self.params], device=parts.mesh.device)
-        kinds = parts.decoder.cfg.kinds()
+        kinds = parts.decoders[0].cfg.kinds()
         self.routed = [i for i, b in enumerate(kinds) if b.channel.kind == "moe"]
         self.experts = max((kinds[i].channel.experts for i in self.routed), default=0)
         self.top_k = torch.tensor([float(kinds[i].channel.top_k) for i in self.routed], device=parts.mesh.device)

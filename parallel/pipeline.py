@@ -1,20 +1,30 @@
-"""A stage of the decoder as pipeline schedules want it, tensors in and tensors out, and the pass over micro-batches."""
+"""Stages of the decoder as pipeline schedules want them, tensors in and out, and the pass over micro-batches."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
 
 from stepladder.model.config import ModelConfig
 from stepladder.model.context import Context
 from stepladder.model.decoder import Decoder
 from stepladder.model.residual import Ready, Stats, Stream
+from stepladder.ops.linear import Put, catch_up, put_off
 from stepladder.parallel.mesh import Mesh
+
+Schedule = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
+SCHEDULES = {"interleaved": ScheduleInterleaved1F1B, "zero-bubble": ScheduleZBVZeroBubble}
 
 
 class Micro(NamedTuple):
@@ -30,16 +40,10 @@ class Micro(NamedTuple):
 
 class Result(NamedTuple):
     """Sums over this rank's micro-batches."""
-    loss: Tensor                    # () zero but on the last stage
+    loss: Tensor                    # () zero but on the rank of the last stage
     nll: Tensor                     # () the plain negative log-likelihood within it
-    count: Tensor                   # () targets learned from; zero but on the last stage
-    stats: tuple[Stats, ...]        # one for each MoE layer of this stage
-
-
-def spans(layers: int, stages: int) -> list[range]:
-    """Layers of each stage, as even as can be."""
-    at = [round(layers * i / stages) for i in range(stages + 1)]
-    return [range(a, b) for a, b in pairwise(at)]
+    count: Tensor                   # () targets learned from; zero but on the last stage's rank
+    stats: tuple[Stats, ...]        # one for each MoE layer of this rank, in order
 
 
 def routes(cfg: ModelConfig, layer: int) -> int:
@@ -88,29 +92,66 @@ class Stage(nn.Module):
                                               for layer in layers)
 
 
-class Pipe:
-    """Runs micro-batches through this rank's stage: alone one after the other, with others by torch's 1F1B."""
+class Clock(Protocol):
+    """Told when a stage begins and ends a forward (F), a backward (B), or its input (I) and weight (W) halves."""
 
-    def __init__(self, stage: Stage, mesh: Mesh):
-        self.stage, self.mesh = stage, mesh
-        self.schedules: dict[tuple[object, ...], Schedule1F1B] = {}
+    def begin(self) -> None: ...
+
+    def end(self, kind: str, stage: int, micro: int) -> None: ...
+
+
+class _Timed(PipelineStage):
+    """torch's stage, which tells the pipe's clock, if it has one, of each of its pieces of work."""
+    pipe: Pipe
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        return self._tell("F", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True,
+                           last_backward: bool = False) -> None:
+        self._tell("B" if full_backward else "I", bwd_chunk_id, super().backward_one_chunk, loss, full_backward,
+                   last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        self._tell("W", bwd_chunk_id, super().backward_weight_one_chunk, last_backward)
+
+    def _tell(self, kind: str, micro: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        clock = self.pipe.clock
+        if clock is None:
+            return work(micro, *args, **kwargs)
+        clock.begin()
+        out = work(micro, *args, **kwargs)
+        clock.end(kind, self.stage_index, micro)
+        return out
+
+
+class Pipe:
+    """Runs micro-batches through this rank's stages: alone one after the other, with others by torch's schedules."""
+
+    def __init__(self, stages: Sequence[Stage], mesh: Mesh):
+        self.stages, self.mesh = list(stages), mesh
+        self.schedules: dict[tuple[object, ...], Schedule] = {}
+        self.clock: Clock | None = None
+        self.later: list[Put] = []                 # weight gradients that the backward under way has put off
 
     def __call__(self, micros: Sequence[Micro], train: bool = True) -> Result:
         """Forward, and backward if `train`. Gradients are left unreduced but for FSDP's own."""
         with torch.set_grad_enabled(train):
             loss = self._alone(micros, train) if self.mesh.pp == 1 else self._pipelined(micros, train)
         if not train:             # FSDP gives gathered weights back after a backward, and there was none
-            for module in self.stage.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-        nll, stats = self.stage.take()
-        count = sum((m.targets >= 0).sum() for m in micros) if self.stage.last else torch.zeros_like(nll)
-        return Result(loss, nll, torch.as_tensor(count), stats)
+            for stage in self.stages:
+                for module in stage.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
+        nll, stats = zip(*(stage.take() for stage in self.stages), strict=True)
+        last = self.stages[-1].last
+        count = sum((m.targets >= 0).sum() for m in micros) if last else torch.zeros_like(nll[-1])
+        return Result(loss, nll[-1], torch.as_tensor(count), tuple(chain.from_iterable(stats)))
 
     def _alone(self, micros: Sequence[Micro], train: bool) -> Tensor:
         total = torch.zeros((), device=self.mesh.device)
         for m in micros:
-            (loss,) = self.stage(m.tokens, targets=m.targets, start=m.start, borders=m.borders)
+            (loss,) = self.stages[0](m.tokens, targets=m.targets, start=m.start, borders=m.borders)
             if train:
                 loss.sum().backward()
             total = total + loss.detach().sum()
@@ -126,34 +167,66 @@ class Pipe:
             rows["borders"] = torch.stack(offsets)
         losses: list[Tensor] = []
         run = schedule.step if train else schedule.eval
-        args = (tokens,) if self.stage.first else ()
-        last: dict[str, Any] = {"target": targets, "losses": losses} if self.stage.last else {}
-        run(*args, **last, return_outputs=False, **rows)
+        args = (tokens,) if self.stages[0].first else ()
+        last: dict[str, Any] = {"target": targets, "losses": losses} if self.stages[-1].last else {}
+        split = train and self.mesh.layout.schedule == "zero-bubble"
+        with put_off(self.later) if split else nullcontext():
+            run(*args, **last, return_outputs=False, **rows)
         return torch.stack([x.detach() for x in losses]).sum() if losses else torch.zeros((), device=self.mesh.device)
 
-    def _schedule(self, micros: Sequence[Micro], train: bool) -> Schedule1F1B:
+    def _schedule(self, micros: Sequence[Micro], train: bool) -> Schedule:
         key = (len(micros), micros[0].tokens.shape, train)
         if key not in self.schedules:
-            span, mesh = self.stage.decoder.span, self.mesh
-            stage = PipelineStage(self.stage, mesh.pp_rank, mesh.pp, mesh.device, group=mesh.group("pp"),
-                                  input_args=self._boundary(micros[0], span.start),
-                                  output_args=self._boundary(micros[0], span.stop))
+            layout, n = self.mesh.layout, len(micros)
+            stages = [self._stage(*held, micros[0]) for held in zip(layout.held(self.mesh.pp_rank), self.stages,
+                                                                  strict=True)]
             # The stage returns its loss; scaling waits for the global token count.
-            self.schedules[key] = Schedule1F1B(stage, len(micros), loss_fn=lambda out, _: out[0].sum(),
-                                               scale_grads=False)
+            how: dict[str, Any] = {"loss_fn": lambda out, _: out[0].sum(), "scale_grads": False}
+            if layout.schedule == "1f1b":
+                schedule = Schedule1F1B(stages[0], n, **how)
+            else:
+                schedule = SCHEDULES[layout.schedule](stages, n, **how)
+                if not train:
+                    _forward_only(schedule)
+            self.schedules[key] = schedule
         return self.schedules[key]
 
-    def _boundary(self, m: Micro, layer: int) -> tuple[Tensor, ...]:
-        """What crosses into `layer`, as meta tensors: shapes are declared, not found by a trial run."""
-        cfg, dtype = self.stage.decoder.cfg, self.stage.decoder.dtype
-        B, T = m.tokens.shape
-        if layer == 0:
-            return (m.tokens.to("meta"),)
-        if layer == cfg.layers:
-            return (torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True),)
-        part = self.mesh.tp if self.mesh.layout.sequence else 1
-        h = torch.empty(B, T // part, cfg.width, dtype=dtype, device="meta", requires_grad=True)
-        experts = next((b.channel.experts for b in cfg.kinds() if b.channel.kind == "moe"), 0)
-        logits = torch.empty(B, T // self.mesh.tp, experts, dtype=torch.promote_types(dtype, torch.float32),
-                             device="meta", requires_grad=True)
-        return (h, h, *[logits] * routes(cfg, layer))
+    def _stage(self, index: int, stage: Stage, m: Micro) -> PipelineStage:
+        span, mesh = stage.decoder.span, self.mesh
+        split = self._weights if mesh.layout.schedule == "zero-bubble" else None
+        out = _Timed(stage, index, mesh.layout.stages, mesh.device, group=mesh.group("pp"), dw_builder=split,
+                     input_args=_boundary(stage.decoder, mesh, m, span.start),
+                     output_args=_boundary(stage.decoder, mesh, m, span.stop))
+        out.pipe = self
+        return out
+
+
+    def _weights(self) -> Callable[[], None]:
+        """What the backward that has just run left to do: torch asks for it then, and calls it when there is time."""
+        later = self.later.copy()
+        self.later.clear()
+        return lambda: catch_up(later)
+
+
+def _forward_only(schedule: ScheduleInterleaved1F1B | ScheduleZBVZeroBubble) -> None:
+    """Leave a schedule its forwards and what they need: torch's eval walks the backwards too, and trips in a V."""
+    kept = {"FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD"}
+    schedule.pipeline_order_with_comms = {
+        rank: [a for a in actions if a.computation_type.name in kept]
+        for rank, actions in schedule.pipeline_order_with_comms.items()}
+
+
+def _boundary(decoder: Decoder, mesh: Mesh, m: Micro, layer: int) -> tuple[Tensor, ...]:
+    """What crosses into `layer`, as meta tensors: shapes are declared, not found by a trial run."""
+    cfg, dtype = decoder.cfg, decoder.dtype
+    B, T = m.tokens.shape
+    if layer == 0:
+        return (m.tokens.to("meta"),)
+    exact = torch.promote_types(dtype, torch.float32)
+    if layer == cfg.layers:
+        return (torch.empty(1, dtype=exact, device="meta", requires_grad=True),)
+    part = mesh.tp if mesh.layout.sequence else 1
+    h = torch.empty(B, T // part, cfg.width, dtype=dtype, device="meta", requires_grad=True)
+    experts = next((b.channel.experts for b in cfg.kinds() if b.channel.kind == "moe"), 0)
+    logits = torch.empty(B, T // mesh.tp, experts, dtype=exact, device="meta", requires_grad=True)
+    return (h, h, *[logits] * routes(cfg, layer))

@@ -8,11 +8,13 @@ unsplit inside a mixer              dp and tp: this rank saw its share of the wo
 norm in front of a mixer            dp, and tp under sequence parallel: this rank saw its own tokens
 shared key-value heads              dp and the tp ranks that hold the same head
 split by ep                         edp, the ranks that hold the same experts; never tp as such
+tied embedding of two stages        dp and the first and the last stage, which holds it too
 """
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -83,13 +85,16 @@ def _dimension(decl: Decl, shape: tuple[int, ...], ranks: int) -> int | None:
 class Sums:
     """The explicit gradient sums, bucketed: one collective a group and dtype."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, sharded: dict[str, int]):
+    def __init__(self, models: Sequence[Decoder], mesh: Mesh, sharded: dict[str, int]):
         self.buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[nn.Parameter]] = defaultdict(list)
-        norms = {f"blocks.{i}.{n}.scale" for i in model.blocks for n in ("norm1", "norm2")} | {"norm.scale"}
-        for name, decl in declared(model).items():
-            p = model.get_parameter(name)
+        norms = {f"blocks.{i}.{n}.scale" for m in models for i in m.blocks for n in ("norm1", "norm2")} | {"norm.scale"}
+        todo = {name: (decl, m.get_parameter(name)) for m in models for name, decl in declared(m).items()}
+        for name, (decl, p) in todo.items():
             if p.requires_grad:
-                for group in _groups(decl, mesh, name in sharded, name in norms):
+                groups = _groups(decl, mesh, name in sharded, name in norms)
+                if models[0].cfg.tied and name == "embed.table" and mesh.ends is not None:
+                    groups.append(mesh.ends)
+                for group in groups:
                     self.buckets[group, p.dtype].append(p)
 
     def __call__(self) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 from stepladder.model.config import ModelConfig
 from stepladder.model.registry import CHANNEL, TOKEN
@@ -12,7 +13,9 @@ from stepladder.model.registry import CHANNEL, TOKEN
 class Parallel:
     """How a model is laid over ranks. dp is what remains: world size / (tp * pp)."""
     tp: int = 1                    # tensor parallel
-    pp: int = 1                    # pipeline stages
+    pp: int = 1                    # ranks of a pipeline
+    schedule: Literal["1f1b", "interleaved", "zero-bubble"] = "1f1b"   # of a pipeline's micro-batches
+    chunks: int = 2                # spans of layers a rank holds when interleaved; zero-bubble: always 2; 1f1b: 1
     ep: int = 1                    # expert parallel, folded over dp x tp
     dp_replicate: int = 1          # copies of the sharded group (HSDP)
     sequence: bool = False         # the stream between sublayers is split over tp by tokens
@@ -20,26 +23,44 @@ class Parallel:
     reshard: bool = True           # free gathered weights after the forward pass, gather again for the backward
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "ep", "dp_replicate"):
+        for name in ("tp", "pp", "chunks", "ep", "dp_replicate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.schedule == "zero-bubble" and self.chunks != 2:
+            raise ValueError(f"chunks = {self.chunks}, but zero-bubble is a V of 2 spans a rank; set it to 2 "
+                             "or schedule = \"interleaved\"")
+
+    @property
+    def stages(self) -> int:
+        """Spans of layers in all, each a stage of the pipeline."""
+        return self.pp * (1 if self.schedule == "1f1b" or self.pp == 1 else self.chunks)
+
+    def held(self, pp_rank: int) -> list[int]:
+        """The stages of a pipeline rank: round and round, or there and back in a V, whose ends meet on rank 0."""
+        if self.schedule == "zero-bubble" and self.pp > 1:
+            return [pp_rank, 2 * self.pp - 1 - pp_rank]
+        return list(range(pp_rank, self.stages, self.pp))
 
     def features(self, dp: int) -> frozenset[str]:
         """The names of what this layout uses, as they stand in LAYOUTS."""
         data = "fsdp" if self.shard and self.dp_replicate == 1 else "hsdp" if self.shard else "ddp"
-        used = {"tp": self.tp > 1, "sp": self.sequence and self.tp > 1, "pp": self.pp > 1, "ep": self.ep > 1,
+        pipe = "pp" if self.schedule == "1f1b" else self.schedule
+        used = {"tp": self.tp > 1, "sp": self.sequence and self.tp > 1, pipe: self.pp > 1, "ep": self.ep > 1,
                 data: dp > 1}
         return frozenset(name for name, on in used.items() if on)
 
 
-FEATURES = {"tp": "tensor parallel", "sp": "sequence parallel", "pp": "pipeline (1F1B)", "ep": "expert parallel",
+FEATURES = {"tp": "tensor parallel", "sp": "sequence parallel", "pp": "pipeline (1F1B)",
+            "interleaved": "pipeline (interleaved 1F1B)", "zero-bubble": "pipeline (zero-bubble V)",
+            "ep": "expert parallel",
             "ddp": "data parallel, replicated", "fsdp": "FSDP2", "hsdp": "FSDP2, sharded groups replicated"}
 
 # Every set listed is run by tests/test_parity.py at two ranks a dimension.
 LAYOUTS: list[frozenset[str]] = [
     frozenset((*tensor, *pipe, *expert, *data))
     for tensor, pipe, expert, data in product(
-        [(), ("tp",), ("tp", "sp")], [(), ("pp",)], [(), ("ep",)], [(), ("ddp",), ("fsdp",), ("hsdp",)])
+        [(), ("tp",), ("tp", "sp")], [(), ("pp",), ("interleaved",), ("zero-bubble",)], [(), ("ep",)],
+        [(), ("ddp",), ("fsdp",), ("hsdp",)])
     if not (expert and not tensor and not data)          # ep has nothing to fold over
     and not ("hsdp" in data and (pipe or expert) and tensor)     # sixteen ranks at the least: not run yet
 ]
@@ -48,7 +69,6 @@ WIRINGS = {"standard": (0, 0), "parallel": (0, 1), "ladder": (1, 1)}
 
 # Combinations inside the listed layouts that do not work, each with its reason.
 REFUSED = {
-    ("tied", "pp"): "a tied head would need the embedding's gradient from another pipeline stage",
     ("ep", "no moe"): "there are no experts to split",
 }
 
@@ -66,8 +86,7 @@ def refuse(model: ModelConfig, parallel: Parallel, dp: int) -> None:
     if parallel.sequence and parallel.tp == 1:
         raise UnsupportedError("parallel.sequence = true with parallel.tp = 1: sequence parallel splits tokens over "
                                "the tensor-parallel ranks; set parallel.tp above 1 or parallel.sequence = false")
-    traits = {"tied"} if model.tied else set()
-    traits |= set() if any(b.channel.kind == "moe" for b in model.kinds()) else {"no moe"}
+    traits = set() if any(b.channel.kind == "moe" for b in model.kinds()) else {"no moe"}
     for pair, reason in REFUSED.items():
         if set(pair) <= used | traits:
             rest = used - set(pair)

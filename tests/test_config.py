@@ -159,6 +159,8 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
     ("optimizer.lr", 0, "optimizer.lr = 0.0 is out of range; it must be above 0"),
     ("train.dtype", "bf61", 'train.dtype = "bf61" is not one of "bf16", "fp32", "fp64", did you mean bf16?'),
     ("parallel.tp", 0, "parallel: tp = 0 must be at least 1"),
+    ("parallel", {"schedule": "zero-bubble", "chunks": 3}, "parallel: chunks = 3, but zero-bubble is a V of 2 spans"),
+    ("parallel.schedule", "zb", 'parallel.schedule = "zb" is not one of "1f1b", "interleaved", "zero-bubble"'),
     # the model's own rules, under the path the user wrote
     ("model.layers", 0, "model.layers = 0 must be at least 1"),
     ("model.pattern", ["half"], "model.pattern names block 'half'; [model.blocks] has gla, full"),
@@ -208,6 +210,14 @@ TP2 = {"parallel.tp": 2}
     (8, {"parallel.pp": 8}, "parallel.pp = 8 is more stages than model.layers = 4; lower it"),
     (4, {"parallel.pp": 4, "data.rows": 8},
      "data.batch_tokens = 1024 gives a rank 2 micro-batches of 8 rows, too few for parallel.pp = 4 stages; set"),
+    (4, {"parallel.pp": 4, "parallel.schedule": "interleaved"},
+     "parallel.pp x chunks = 8 is more stages than model.layers = 4; lower it"),
+    (2, {"parallel.pp": 2, "parallel.schedule": "interleaved", "data.batch_tokens": 1152, "data.lanes": 2},
+     "data.batch_tokens = 1152 gives a rank 9 micro-batches of 2 rows, but interleaved stages take them by "
+     "parallel.pp = 2 at a time; set it to 1280, or change"),
+    (2, {"parallel.pp": 2, "parallel.schedule": "zero-bubble", "train.compile": True},
+     "train.compile = true computes both halves of a backward at once, which parallel.schedule = \"zero-bubble\""),
+    (1, {"parallel.chunks": 4}, 'parallel.chunks = 4 is for schedule = "interleaved", but the schedule is "1f1b"; '),
     (1, {"parallel.sequence": True}, "parallel.sequence = true splits tokens over tp ranks, but parallel.tp = 1;"),
     (2, TP2 | DENSE | {"parallel.sequence": True, "data.seq": 63}, "data.seq = 63 is not divisible by parallel"),
     (1, {"data.seq": 256}, "data.seq = 256 is longer than model.blocks.full.token.max_length = 128; shorten"),
@@ -236,8 +246,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 
 def test_an_unlisted_combination_is_refused_by_the_support_table():
-    with pytest.raises(UnsupportedError, match="tied with pp is not supported"):
-        config.check(parsed(**{"model.tied": True, "parallel.pp": 2}), 2)
+    with pytest.raises(UnsupportedError, match="tp x ep x hsdp is not a supported layout"):
+        config.check(parsed(**TP2 | {"parallel.ep": 2, "parallel.dp_replicate": 2}), 8)
+
+
+def test_tied_embeddings_may_be_on_two_stages():
+    config.check(parsed(**{"model.tied": True, "parallel.pp": 2}), 2)
 
 
 def test_fewer_kv_heads_than_tensor_ranks_are_fine():

@@ -1,0 +1,230 @@
+"""Pipelines: every schedule equals one rank, tied tables stay one, spans are balanced, timelines tell the truth."""
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import tiny
+import torch
+from test_parity import CPU, EXACT, on_mesh
+from torch import Tensor
+
+from stepladder.model.config import ModelConfig
+from stepladder.model.decoder import costs, flops, parameters
+from stepladder.ops.linear import Put, catch_up, linear, put_off
+from stepladder.parallel import pipeline
+from stepladder.parallel.build import build
+from stepladder.parallel.checkpoint import Store
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.optimizer import Optimizer, Report
+from stepladder.parallel.shard import Sums
+from stepladder.parallel.spans import spans, spell
+from stepladder.parallel.support import Parallel
+
+SCHEDULES = ["1f1b", "interleaved", "zero-bubble"]
+CELLS = [("attention1", "swiglu0", "parallel"), ("gla0", "between", "ladder"), ("attention0", "moe1", "mixed")]
+
+
+def piped(schedule: str, pp: int = 2, **more: Any) -> Parallel:
+    return Parallel(pp=pp, schedule=schedule, **more)  # pyright: ignore[reportArgumentType]
+
+
+def differences(rank: int, n: int, layout: Parallel, cells: list[tuple[str, str, str]], change: dict[str, Any],
+                how: dict[str, str]) -> list[str]:
+    mesh = Mesh(layout, CPU, rank, n)
+    return [f"{'/'.join(cell)}: {d}" for cell in cells for d in on_mesh(mesh, cell, change, how)]
+
+
+def same(layout: Parallel, n: int, cells: list[tuple[str, str, str]] = CELLS, change: dict[str, Any] | None = None,
+         how: dict[str, str] | None = None) -> None:
+    wrong = ranks.run(n, differences, layout, cells, change or {}, how or {})
+    assert not any(wrong), "\n".join(sorted({line for rank in wrong for line in rank}))
+
+
+# n ranks equal one
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@pytest.mark.parametrize(("n", "more"), [
+    (2, {}), (4, {"tp": 2}), (4, {"tp": 2, "sequence": True}), (4, {"ep": 2}), (4, {"ep": 2, "shard": False}),
+    (4, {"reshard": False}), (4, {"tp": 2, "sequence": True, "ep": 2})],
+    ids=["alone", "tp", "sp", "ep-fsdp", "ep-ddp", "fsdp-kept", "sp-ep"])
+def test_a_schedule_equals_one_rank(schedule: str, n: int, more: dict[str, Any]) -> None:
+    same(piped(schedule, **more), n, [c for c in CELLS if "ep" not in more or c[1] != "swiglu0"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("n", "more"), [(2, {}), (4, {}), (4, {"tp": 2, "sequence": True}), (4, {"shard": False})],
+                         ids=["alone", "fsdp", "sp", "ddp"])
+def test_tied_embeddings_of_two_stages_get_one_gradient(schedule: str, n: int, more: dict[str, Any]) -> None:
+    same(piped(schedule, **more), n, CELLS[1:2], {"tied": True})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_four_stage_ranks(schedule: str) -> None:
+    same(piped(schedule, pp=4), 4, CELLS[1:2], {"tied": True, "layers": 8})
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_weight_gradients_put_off_survive_recomputation(n: int) -> None:
+    same(piped("zero-bubble"), n, CELLS[1:], how={"recompute": "both"})
+
+
+# What the comparison sees
+
+def without_weights(rank: int, n: int) -> list[str]:
+    pipeline.catch_up = lambda later: catch_up([put._replace(g=0 * put.g) for put in later])
+    return on_mesh(Mesh(piped("zero-bubble"), CPU, rank, n), CELLS[0])
+
+
+def test_weight_gradients_that_are_never_made_up_for_are_seen() -> None:
+    lines = [line for rank in ranks.run(2, without_weights) for line in rank]
+    assert any("blocks.0.token.wq" in line for line in lines)
+    assert any("blocks.3.channel.down" in line for line in lines)
+
+
+def without_ends(rank: int, n: int) -> list[str]:
+    init = Sums.__init__
+
+    def mutated(self: Sums, models: Any, mesh: Mesh, sharded: Any) -> None:
+        init(self, models, mesh, sharded)
+        self.buckets = {key: params for key, params in self.buckets.items() if key[0] is not mesh.ends}  # pyright: ignore
+    Sums.__init__ = mutated
+    return on_mesh(Mesh(piped("1f1b"), CPU, rank, n), CELLS[0], {"tied": True})
+
+
+def test_a_tied_table_whose_ends_are_not_summed_is_seen() -> None:
+    lines = {line.split(" is off")[0] for rank in ranks.run(2, without_ends) for line in rank}
+    assert lines == {"gradient of embed.table"}
+
+
+# Weight gradients put off
+
+@pytest.mark.parametrize(("x_type", "w_type"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_weight_gradients_put_off_are_those_of_autograd(x_type: torch.dtype, w_type: torch.dtype) -> None:
+    w, twin = (torch.linspace(-1, 1, 12, dtype=w_type).view(3, 4).requires_grad_() for _ in range(2))
+    x = torch.linspace(-2, 3, 40, dtype=x_type).view(2, 5, 4)
+    later: list[Put] = []
+    for _ in range(2):
+        (linear(x, twin) ** 2).sum().backward()
+        with put_off(later):
+            (linear(x, w) ** 2).sum().backward()
+    assert w.grad is None
+    catch_up(later)
+    assert w.grad is not None
+    assert twin.grad is not None
+    assert torch.equal(w.grad, twin.grad)
+
+
+def test_nothing_is_put_off_outside_of_the_pipeline() -> None:
+    w = torch.ones(3, 4, requires_grad=True)
+    with put_off(later := []):
+        linear(torch.ones(2, 4), w * 1).sum().backward()      # not a leaf: its gradient is on its way elsewhere
+    linear(torch.ones(2, 4), w).sum().backward()
+    assert not later
+    assert w.grad is not None
+    assert float(w.grad.sum()) == 48
+
+
+# Training: evaluation, optimizer, checkpoint
+
+def steps(rank: int, n: int, layout: Parallel, out: Path, load: str | None, save: str | None) -> list[tuple[Any, ...]]:
+    """Two steps with an evaluation between them, after reading and before writing a checkpoint."""
+    mesh = Mesh(layout, CPU, rank, n)
+    parts = build(tiny.config("gla0", "moe1", "ladder", tied=True), mesh, seed=5, dtype=torch.float64)
+    optimizer, store, found = Optimizer(parts, eps=1e-3), Store(out, background=False), []
+    if load:
+        store.load(store.folder / load, optimizer.state())
+        optimizer.loaded()
+    for at in range(2):
+        batch = [tiny.micro(2, 16, seed=10 * at + i) for i in range(4)]
+        held_out = parts.pipe(batch, train=False)
+        sums = torch.stack([held_out.nll, held_out.count.double()]) / mesh.tp
+        if n > 1:
+            torch.distributed.all_reduce(sums)
+        result = parts.pipe(batch[mesh.dp_rank::mesh.dp])
+        parts.sums()
+        report: Report = optimizer.step(result, 1e-2)
+        found.append((float(sums[0] / sums[1]), float(report.loss), float(report.norm), report.load.tolist()))
+    table = parts.parameters().get("embed.table")
+    if save:
+        store.save(int(save[-2:]), optimizer.state(), {}, shapes=optimizer.shapes())
+    return [*found, None if table is None else whole(parts.label("embed.table", table.detach()))]
+
+
+def whole(t: Tensor) -> list[float]:
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).flatten().tolist()  # pyright: ignore
+
+
+@pytest.mark.parametrize(("schedule", "n", "more"), [
+    ("1f1b", 2, {}), ("interleaved", 4, {}), ("zero-bubble", 2, {}), ("zero-bubble", 4, {}), ("1f1b", 4, {"tp": 2})],
+    ids=["1f1b", "interleaved-fsdp", "zero-bubble", "zero-bubble-fsdp", "1f1b-tp"])
+def test_steps_evaluations_and_checkpoints_of_a_tied_model_are_those_of_one_rank(
+        tmp_path: Path, schedule: str, n: int, more: dict[str, Any]) -> None:
+    """A tied table counts once in the norm, gets one step on both stages, and is saved once and read by both."""
+    layout = piped(schedule, **more)
+    want = ranks.run(1, steps, Parallel(), tmp_path, None, "step-00000001")[0]
+    for rank in ranks.run(n, steps, layout, tmp_path, None, "step-00000002"):
+        agrees(rank, want)
+    want = ranks.run(1, steps, Parallel(), tmp_path, "step-00000002", None)[0]
+    for rank in ranks.run(n, steps, layout, tmp_path, "step-00000001", None):
+        agrees(rank, want)
+
+
+def agrees(got: list[Any], want: list[Any]) -> None:
+    for ours, theirs in zip(got[:-1], want[:-1], strict=True):
+        assert ours[:3] == pytest.approx(theirs[:3], rel=EXACT)
+        assert ours[3] == theirs[3]
+    if got[-1] is not None:
+        assert got[-1] == pytest.approx(want[-1], rel=1e-9, abs=1e-13)
+
+
+# Spans
+
+def cost_of(cfg: ModelConfig, cuts: list[range], key: str) -> list[int]:
+    first, *layers, last = costs(cfg, 64)
+    layers[0] += first
+    layers[-1] += last
+    return [sum(getattr(layers[i], key) for i in span) for span in cuts]
+
+
+@pytest.mark.parametrize("vocab", [48, 480, 4800])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_no_other_cut_has_a_smaller_largest_cost(vocab: int, stages: int) -> None:
+    cfg = replace(tiny.config("every", "between", layers=9), vocab=vocab)
+    ours = spans(cfg, stages, 64)
+    assert [i for span in ours for i in span] == [*range(9)]
+    every = [[range(a, b) for a, b in pairwise((0, *at, 9))] for at in combinations(range(1, 9), stages - 1)]
+    best = min((max(cost_of(cfg, cuts, "flops")), max(cost_of(cfg, cuts, "parameters"))) for cuts in every)
+    assert (max(cost_of(cfg, ours, "flops")), max(cost_of(cfg, ours, "parameters"))) == best
+
+
+def test_a_large_head_takes_layers_from_the_last_stage() -> None:
+    cfg = tiny.config(layers=8)
+    assert [len(s) for s in spans(cfg, 2, 64)] == [4, 4]
+    assert [len(s) for s in spans(replace(cfg, vocab=640), 2, 64)] == [5, 3]
+
+
+def test_costs_add_up_to_the_whole_model() -> None:
+    for tied in (False, True):
+        cfg = tiny.config("every", "between", tied=tied)
+        assert sum(c.flops for c in costs(cfg, 64)) == flops(cfg, 64)
+        assert sum(c.parameters for c in costs(cfg, 64)) == parameters(cfg)[0]
+
+
+def test_the_log_says_which_rank_holds_which_layers() -> None:
+    text = spell(tiny.config(layers=8), piped("zero-bubble"), 64)
+    assert "rank 0 0-1 and 6-7 (5" in text
+    assert "rank 1 2-3 and 4-5 (4" in text
+    assert text.endswith("zero-bubble")
+
+
+def test_every_stage_is_held_once() -> None:
+    for schedule in SCHEDULES:
+        layout = piped(schedule, pp=4)
+        held = [i for rank in range(4) for i in layout.held(rank)]
+        assert sorted(held) == [*range(layout.stages)]
+    assert Parallel(schedule="zero-bubble").held(0) == [0]
