@@ -78,7 +78,8 @@ def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch
 def _materialise(decoder: Decoder, mesh: Mesh, seed: int, dtype: torch.dtype) -> None:
     """This rank's slices, with their initial values."""
     init.split(decoder, mesh)
-    decoder.to(dtype=torch.promote_types(dtype, torch.float32)).to_empty(device=mesh.device)
+    home = torch.device("cpu") if mesh.layout.offload else mesh.device       # a device may not have room for all of it
+    decoder.to(dtype=torch.promote_types(dtype, torch.float32)).to_empty(device=home)
     init.fill(decoder, mesh, seed)
     decoder.dtype = dtype
 

@@ -4,7 +4,10 @@ Saved without a label, tensor-parallel slices under one name overwrite each othe
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from stepladder.model.leaf import Decl
@@ -29,7 +32,14 @@ def label(piece: Tensor, decl: Decl, mesh: Mesh, sharded: int | None) -> Tensor:
         else:
             over = mesh.dense["replicate", "shard", "tp"]
             places = [Replicate(), data, Replicate() if decl.tp is None else Shard(decl.tp)]
-        typed: list[Placement] = list(places)
-        whole = DTensor.from_local(piece.detach(), over, typed, run_check=False)
+        whole = held(piece.detach(), over, places)
     assert tuple(whole.shape) == decl.shape, f"pieces make {tuple(whole.shape)}, declared is {decl.shape}"
     return whole
+
+
+def held(piece: Tensor, over: DeviceMesh, places: Sequence[Placement]) -> DTensor:
+    """DTensor.from_local, but a piece in host memory stays there: a copy on the device would be loaded in vain."""
+    if piece.device.type == over.device_type:
+        return DTensor.from_local(piece, over, places, run_check=False)
+    spec = DTensor.from_local(piece.to("meta"), over, places, run_check=False)._spec
+    return DTensor(piece, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]

@@ -121,8 +121,11 @@ class Mesh:
 
     def connect(self, decls: Iterable[Decl], tied: bool = False) -> None:
         """Make every group that parameters declared so will need. Collective: all ranks, the same whole model."""
-        if self.alone:
+        if self.alone and not self.layout.offload:
             return
+        if self.alone and not dist.is_initialized():       # FSDP, which offloads, wants a group even of one rank
+            dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0,
+                                    world_size=1)
         every = list(decls)
         _ = self.dense, self.data
         if tied:

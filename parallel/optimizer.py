@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stepladder.model.channel.moe import Mixer as MoE
 from stepladder.model.decoder import blocks
 from stepladder.parallel.build import Parts
+from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.pipeline import Result
 from stepladder.parallel.shard import local
 
@@ -29,7 +30,10 @@ class Report(NamedTuple):
 
 
 class Optimizer:
-    """Fused AdamW (arXiv:1711.05101). A step whose gradient is not finite changes nothing and is counted."""
+    """Fused AdamW (arXiv:1711.05101). A step whose gradient is not finite changes nothing and is counted.
+
+    Pieces that FSDP keeps in host memory are updated there, by the host; such a step waits for the device once.
+    """
 
     def __init__(self, parts: Parts, *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1, clip: float = 1.0):
@@ -44,7 +48,7 @@ class Optimizer:
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         self.steps = torch.zeros((), device=parts.mesh.device)   # what every parameter's own count is
         for p in self.pieces.values():
-            self.adam.state[p] = {"step": self.steps.clone(), "exp_avg": torch.zeros_like(p),
+            self.adam.state[p] = {"step": self.steps.to(p.device, copy=True), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
         self.skipped, self.streak = (torch.zeros((), device=parts.mesh.device) for _ in range(2))
         self.moe = {int(name): b.channel for decoder in parts.decoders
@@ -70,6 +74,9 @@ class Optimizer:
         scale = report.count.to(report.norm.dtype)
         if self.clip:
             scale = scale * (report.norm / self.clip).clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
+        found = bad
+        if self.parts.mesh.layout.offload:     # AdamW would fetch them without waiting, and read before they are there
+            scale, found = scale.cpu(), bad.cpu()
         for name, p in self.params.items():
             assert p.grad is not None, name
             self.pieces[name].grad = local(p.grad)
@@ -79,7 +86,7 @@ class Optimizer:
             self.adam.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
         else:
             self.adam.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
-        self.adam.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
+        self.adam.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
@@ -96,7 +103,7 @@ class Optimizer:
         for name, p in self.params.items():
             assert p.grad is not None, name
             grads.append(local(p.grad))
-        squares = torch.stack(torch._foreach_norm(grads)).square()
+        squares = torch.stack(_norms(grads, mesh)).square()
         M, E = len(self.routed), self.experts
         kind = squares.dtype
         layers = torch.zeros(M, E + 2, dtype=kind, device=mesh.device)
@@ -137,3 +144,11 @@ class Optimizer:
         """Name -> declared shape of everything state() holds."""
         return {key: self.parts.decls[name].shape if (name := key.rpartition("/")[2]) in self.parts.decls else ()
                 for key in self.state()}
+
+
+def _norms(grads: list[Tensor], mesh: Mesh) -> tuple[Tensor, ...]:
+    """On the device. A host sums in fp64: in fp32 it loses a hundredth over 1e8 elements."""
+    if not mesh.layout.offload:
+        return torch._foreach_norm(grads)
+    exact = lambda g: torch.linalg.vector_norm(g, dtype=torch.float64 if g.device.type == "cpu" else None)
+    return tuple(exact(g).to(mesh.device, g.dtype) for g in grads)

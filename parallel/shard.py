@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from stepladder.model.decoder import Decoder, blocks
@@ -36,48 +36,54 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
     """Put FSDP2 around every mixer of `model` and around `root`; returns parameter name -> the dimension it shards.
 
     Only parameters of two and more dimensions are sharded: norms, decays and biases are small, stay fp32, and are
-    reduced explicitly. The sharded dimension is one that tp and ep leave alone.
+    reduced explicitly. The sharded dimension is one that tp and ep leave alone. With offload, what is sharded lives on
+    the host and comes for its forward and its backward, on one data-parallel rank too; the rest lives on the device.
     """
     sharded: dict[str, int] = {}
-    if not mesh.layout.shard or mesh.dp * mesh.tp == 1:
+    offload = mesh.layout.offload
+    if not mesh.layout.shard or (mesh.dp * mesh.tp == 1 and not offload):
         return sharded
     dense, expert = mesh.dp // mesh.layout.dp_replicate, mesh.edp
+    least = 1 if offload else 2                     # ranks that are worth FSDP
     ignored: set[nn.Parameter] = set()
     dims: dict[nn.Parameter, int] = {}
     for name, decl in declared(model).items():
         p, leaf = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
-        dim = None if leaf.replicated else _dimension(decl, tuple(p.shape), dense if decl.ep is None else expert)
+        ranks = dense if decl.ep is None else expert
+        dim = None if leaf.replicated or ranks < least else _dimension(decl, tuple(p.shape), ranks)
         if dim is None or not p.requires_grad:      # norms, decays, biases, routers
+            p.data = p.data.to(mesh.device)
             ignored.add(p)
         else:
             dims[p], sharded[name] = dim, dim
     # Outputs are read, summed and sent, never written in place (Comm.leave): what this warns of cannot happen.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+    home = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     dense_mesh = mesh.dense["replicate", "shard"] if mesh.layout.dp_replicate > 1 else mesh.data
 
     def apply(module: nn.Module, over: object, reshard: bool) -> None:
         fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored,  # pyright: ignore
-                    shard_placement_fn=lambda p: Shard(dims[p]))
+                    shard_placement_fn=lambda p: Shard(dims[p]), offload_policy=home)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)               # sums, not means
         module.set_force_sum_reduction_for_comms(True)       # gloo has no scaled sums
 
     for block in blocks(model):
         experts = getattr(block.channel, "experts", None)
-        if experts is not None and expert > 1:
+        if experts is not None and expert >= least:
             apply(experts, mesh.expert["edp"], mesh.layout.reshard)
-        if dense > 1:
+        if dense >= least:
             apply(block.token, dense_mesh, mesh.layout.reshard)
             apply(block.channel, dense_mesh, mesh.layout.reshard)
-    if dense > 1:
+    if dense >= least:
         apply(root, dense_mesh, False)
     return sharded
 
 
 def _dimension(decl: Decl, shape: tuple[int, ...], ranks: int) -> int | None:
     """The first dimension that is free and divides; None: left out of FSDP."""
-    if len(shape) < 2 or ranks == 1:
+    if len(shape) < 2:
         return None
     return next((i for i, n in enumerate(shape) if i not in (decl.tp, decl.ep) and n % ranks == 0), None)
 
@@ -86,6 +92,7 @@ class Sums:
     """The explicit gradient sums, bucketed: one collective a group and dtype."""
 
     def __init__(self, models: Sequence[Decoder], mesh: Mesh, sharded: dict[str, int]):
+        self.device = mesh.device
         self.buckets: dict[tuple[dist.ProcessGroup, torch.dtype], list[nn.Parameter]] = defaultdict(list)
         norms = {f"blocks.{i}.{n}.scale" for m in models for i in m.blocks for n in ("norm1", "norm2")} | {"norm.scale"}
         todo = {name: (decl, m.get_parameter(name)) for m in models for name, decl in declared(m).items()}
@@ -104,7 +111,7 @@ class Sums:
                 if p.grad is None:                        # no token came this way; other ranks still take part
                     p.grad = torch.zeros_like(p)
                 grads.append(local(p.grad))
-            flat = torch.cat([g.flatten() for g in grads])
+            flat = torch.cat([g.flatten().to(self.device) for g in grads])      # offloaded ones come and go again
             dist.all_reduce(flat, group=group)
             for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(part.view_as(g))

@@ -21,6 +21,7 @@ class Parallel:
     sequence: bool = False         # the stream between sublayers is split over tp by tokens
     shard: bool = True             # FSDP2 over dp; false: gradients are all-reduced and every rank holds everything
     reshard: bool = True           # free gathered weights after the forward pass, gather again for the backward
+    offload: bool = False          # FSDP's weights, gradients and moments stay in host memory, which updates them
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "chunks", "ep", "dp_replicate"):
@@ -70,6 +71,7 @@ WIRINGS = {"standard": (0, 0), "parallel": (0, 1), "ladder": (1, 1)}
 # Combinations inside the listed layouts that do not work, each with its reason.
 REFUSED = {
     ("ep", "no moe"): "there are no experts to split",
+    ("offload", "ddp"): "only what FSDP manages can stay in host memory",
 }
 
 
@@ -87,6 +89,7 @@ def refuse(model: ModelConfig, parallel: Parallel, dp: int) -> None:
         raise UnsupportedError("parallel.sequence = true with parallel.tp = 1: sequence parallel splits tokens over "
                                "the tensor-parallel ranks; set parallel.tp above 1 or parallel.sequence = false")
     traits = set() if any(b.channel.kind == "moe" for b in model.kinds()) else {"no moe"}
+    traits |= {name for name, on in (("offload", parallel.offload), ("ddp", not parallel.shard)) if on}
     for pair, reason in REFUSED.items():
         if set(pair) <= used | traits:
             rest = used - set(pair)

@@ -171,6 +171,34 @@ def test_deterministic_steps_repeat_bitwise() -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def test_offload_trains_as_without_it_and_leaves_the_device_less() -> None:
+    def run(layout: Parallel) -> tuple[list[float], dict[str, torch.Tensor], int]:
+        p = build(hybrid(dense=True), Mesh(layout, GPU), seed=0)
+        optimizer, seen = Optimizer(p, eps=1e-3), []               # large: Adam would amplify rounding
+        for i in range(4):
+            result = p.pipe([batch(2 * i), batch(2 * i + 1)])      # two: gradients are added up on the host
+            p.sums()
+            report = optimizer.step(result, 1e-3)
+            seen += [float(report.nll), float(report.norm)]
+        held = torch.cuda.memory_allocated()
+        return seen, {name: w.detach().clone() for name, w in optimizer.pieces.items()}, held
+
+    def alone(layout: Parallel) -> tuple[list[float], dict[str, torch.Tensor], int]:
+        before = torch.cuda.memory_allocated()
+        seen, pieces, held = run(layout)
+        return seen, pieces, held - before
+
+    alone(Parallel())                                              # now libraries have their workspaces
+    want, on_device, much = alone(Parallel())
+    got, pieces, little = alone(Parallel(offload=True))
+    torch.distributed.destroy_process_group()
+    assert got == pytest.approx(want, rel=1e-3)
+    assert little < much / 4
+    for name, piece in pieces.items():
+        assert piece.is_cuda == ("norm" in name or piece.ndim == 1), name
+        assert error(piece.to(GPU), on_device[name]) < 1e-3, name
+
+
 def test_a_non_finite_step_changes_nothing() -> None:
     p = parts(dtype=torch.bfloat16)
     optimizer = Optimizer(p)

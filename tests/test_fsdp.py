@@ -1,0 +1,98 @@
+"""FSDP2: what stays in host memory with offload, and what the optimizer makes of it."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ranks
+import tiny
+import torch
+from test_parity import CPU, LENGTH, ROWS
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor, Shard
+
+from stepladder.parallel import optimizer, shard
+from stepladder.parallel.build import Parts, build
+from stepladder.parallel.labels import held
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.optimizer import Optimizer
+from stepladder.parallel.support import Parallel, UnsupportedError, refuse
+
+OFFLOAD = Parallel(offload=True)
+
+
+def made(rank: int, n: int, parallel: Parallel) -> Parts:
+    return build(tiny.config("every", "between", "mixed"), Mesh(parallel, CPU, rank, n), seed=3)
+
+
+def trained(rank: int, n: int, parallel: Parallel) -> list[float]:
+    """Losses and gradient norms of three steps in fp32."""
+    parts, seen = made(rank, n, parallel), []
+    adam, mesh = Optimizer(parts), parts.mesh
+    for at in range(3):
+        micros = [tiny.micro(ROWS, LENGTH, seed=10 * at + i) for i in range(4)]
+        result = parts.pipe(micros[mesh.dp_rank::mesh.dp])
+        parts.sums()
+        report = adam.step(result, 1e-2)
+        seen += [float(report.loss), float(report.norm)]
+    return seen
+
+
+@pytest.mark.parametrize(("n", "parallel"), [
+    (1, OFFLOAD), (2, OFFLOAD), (2, Parallel(tp=2, offload=True)), (2, Parallel(ep=2, offload=True)),
+    (4, Parallel(dp_replicate=2, offload=True))], ids=["alone", "fsdp", "tp", "ep", "hsdp"])
+def test_offload_trains_as_without_it(n: int, parallel: Parallel) -> None:
+    (want,) = ranks.run(1, trained, Parallel())
+    for got in ranks.run(n, trained, parallel):
+        assert got == pytest.approx(want, rel=1e-4)
+
+
+def offloaded(rank: int, n: int, parallel: Parallel) -> tuple[int, set[str], set[str]]:
+    """FSDP modules that offload, the parameters that FSDP has, and those it has not."""
+    found, fully_shard = [], shard.fully_shard
+
+    def seen(module: Any, **kw: Any) -> Any:
+        found.append(isinstance(kw["offload_policy"], CPUOffloadPolicy))
+        return fully_shard(module, **kw)
+
+    shard.fully_shard = seen
+    parts = made(rank, n, parallel)
+    has = {name for name, p in parts.parameters().items() if isinstance(p, DTensor)}
+    return sum(found), has, {*parts.parameters()} - has
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_offload_takes_every_matrix_but_routers_on_one_rank_too(n: int) -> None:
+    for modules, has, rest in ranks.run(n, offloaded, OFFLOAD):
+        assert modules == 4 * 2 + 2 + 1                            # mixers, the experts of two blocks, the root
+        assert {"embed.table", "head.table", "blocks.0.token.wq", "blocks.2.channel.experts.up"} <= has
+        assert all("norm" in name or "router" in name or "bias" in name for name in rest)
+    assert ranks.run(n, offloaded, Parallel())[0][0] == 0
+
+
+def test_offload_without_fsdp_is_refused() -> None:
+    for dp in (1, 2):
+        with pytest.raises(UnsupportedError, match=r"offload with ddp .* only what FSDP manages"):
+            refuse(tiny.config(), Parallel(offload=True, shard=False), dp)
+
+
+def test_the_host_sums_the_norm_of_a_large_gradient_in_double_precision() -> None:
+    g = torch.full((1 << 26,), 1e-3)
+    (norm,) = optimizer._norms([g], Mesh(OFFLOAD, CPU))
+    assert float(norm) == pytest.approx(1e-3 * 2 ** 13, rel=1e-6)
+    assert norm.dtype == g.dtype                                   # fp64 would choose the division of parity tests
+
+
+def labelled(rank: int, n: int) -> None:
+    """A mesh of another device, as far as a machine without one can have it: the pieces pretend."""
+    mesh = init_device_mesh("cpu", (n,))
+    piece = torch.full((3, 2), float(rank))
+    mesh._device_type = "meta"
+    whole = held(piece, mesh, [Shard(0)])
+    assert tuple(whole.shape) == (3 * n, 2)
+    assert whole.to_local().data_ptr() == piece.data_ptr()
+
+
+def test_dtensor_constructor_and_spec_label_a_piece_where_it_lies() -> None:
+    ranks.run(2, labelled)
