@@ -323,11 +323,24 @@ def _batch(run: Run, world: int) -> None:
     below = data.batch_tokens // unit * unit
     _divides("data.batch_tokens", data.batch_tokens,
              f"data.seq x data.rows x dp = {data.seq} x {data.rows} x {dp}", unit,
-             f"set it to {f'{below} or ' if below else ''}{below + unit}, or change data.rows")
-    _divides("data.lanes", data.lanes, "dp", dp, "each dp rank reads its own lanes, so set it to a multiple")
+             f"set it to {f'{below} or ' if below else ''}{below + unit}, or change data.rows{_fitting(run)}")
+    _divides("data.lanes", data.lanes, "dp", dp,
+             f"each dp rank reads its own lanes, so set it to a multiple{_fitting(run)}")
     rows = data.batch_tokens // data.seq
     _divides("data.batch_tokens / data.seq", rows, "data.lanes", data.lanes,
              f"each lane gives as many rows a step, so set data.lanes to a divisor of {rows}")
+
+
+def _fitting(run: Run) -> str:
+    """The data-parallel sizes, and numbers of processes, that the batch of this run can be dealt to as it is."""
+    p, data = run.parallel, run.data
+    sizes = [dp for dp in range(1, data.lanes + 1)
+             if data.lanes % dp == 0 and data.batch_tokens % (data.seq * data.rows * dp) == 0
+             and dp % p.dp_replicate == 0 and dp * p.tp % p.ep == 0
+             and data.batch_tokens // (data.seq * data.rows * dp) >= p.pp]
+    ranks = "as it is, it runs on dp = " + ", ".join(map(str, sizes))
+    processes = ", ".join(str(dp * p.tp * p.pp) for dp in sizes)
+    return f"; {ranks} ({processes} {'process' if processes == '1' else 'processes'})" if sizes else ""
 
 
 def _schedule(run: Run, world: int) -> None:

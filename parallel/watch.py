@@ -27,6 +27,7 @@ EXIT = 70              # EX_SOFTWARE of sysexits.h
 HELD = 4               # collectives watched at once: a handle keeps its output in memory
 NAMES = 4096           # collectives whose names are remembered, to say between which two a hang is
 BEAT = 2.0             # seconds between two words to the store; less where the limit is short
+LISTEN = 3             # beats until a rank that says nothing is called silent
 HOUSE = str(Path(__file__).parents[1])
 
 
@@ -135,7 +136,7 @@ class Watch:
             waited = time_ - min(moved, waits[1] if waits else moved)
             try:
                 self._say()
-                if waited > self.limit - 3 * self.pause and not self.leaving:   # as long as it takes to hear the others
+                if waited > self.limit - LISTEN * self.pause and not self.leaving:
                     cause, again = self._others(), self._oldest()
                     if state == (self.now, self.started, again and again[0]):   # it has not gone on in the meantime
                         self._end(cause, time.monotonic() - time_ + waited)
@@ -167,7 +168,9 @@ class Watch:
     def _others(self) -> str:
         """Which rank is to blame, by what all say of themselves and whose beats have stopped: the same everywhere."""
         before = self._read()
-        self.ended.wait(2.5 * self.pause)
+        for _ in range(LISTEN):
+            self.ended.wait(self.pause)
+            self._say()                        # the others may be listening, too
         words = self._read()
         if left := next((word.left for word in words.values() if word.left), None):
             return left
