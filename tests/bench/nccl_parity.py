@@ -1,4 +1,4 @@
-"""n GPUs equal one, over NCCL, in double precision: cells of tests/test_parity.py for every listed layout that fits.
+"""n GPUs equal one, over NCCL, in double precision: some models of tests/matrix.py on every layout that fits.
 
     torchrun --nproc-per-node 4 tests/bench/nccl_parity.py
 """
@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import matrix
 import test_parity
 
 from stepladder.parallel.mesh import Mesh
-from stepladder.parallel.support import LAYOUTS
 
 
 def main() -> None:
@@ -25,19 +25,19 @@ def main() -> None:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     failed = 0
-    for features in LAYOUTS:
-        parallel, n = test_parity.layout(features)
+    for name, cells in matrix.selection().items():
+        parallel, n = matrix.LAYOUTS[name]
         if n != size:
             continue
-        began, cells, wrong = time.perf_counter(), test_parity.sample(features)[:3], []
+        began, wrong = time.perf_counter(), []
         mesh = Mesh(parallel, device, rank, size)      # one a layout: every mesh holds communicators until the end
-        for cell in cells:
+        for cell in cells[:3]:
             wrong += test_parity.on_mesh(mesh, cell)
         count = torch.tensor(len(wrong), device=device)
         dist.all_reduce(count)
         failed += int(count)
         if rank == 0:
-            print(f"{test_parity.name(features):24} {len(cells)} cells, {int(count)} differences, "
+            print(f"{name:36} {len(cells[:3])} models, {int(count)} differences, "
                   f"{time.perf_counter() - began:.1f} s {wrong[:2] if wrong else ''}", flush=True)
     dist.destroy_process_group()
     if rank == 0:
