@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from stepladder.data import loader as data
-from stepladder.launch import agree, config, world
+from stepladder.launch import agree, config, timeline, world
 from stepladder.launch.log import Log
 from stepladder.model.context import borders
 from stepladder.model.decoder import flops, parameters
@@ -144,8 +144,8 @@ class Trainer:
         if self.at >= self.run.train.steps:
             self._tell(f"the run is finished: train.steps = {self.run.train.steps}; raise it to go on")
 
-    def steps(self, now: int | None, mark: Callable[[], None] = lambda: None) -> None:
-        """Train to the end, or `now` more steps; `mark` is called after each."""
+    def steps(self, now: int | None, *marks: Callable[[], None]) -> None:
+        """Train to the end, or `now` more steps; `marks` are called after each."""
         end = self.run.train.steps if now is None else min(self.run.train.steps, self.at + now)
         c, t = self.run.checkpoint, self.run.train
         waiting: _Late | None = None
@@ -162,7 +162,8 @@ class Trainer:
             self.tokens += self.run.data.batch_tokens
             lr = lr_at(self.at, self.run.optimizer, t.steps)
             report = train_step(self.parts, self.optimizer, batches, lr, self.stop.asked)
-            mark()
+            for mark in marks:
+                mark()
             late = _Late(self.at, self.tokens, lr, report, self.loader.waited)
             # A step is read when the next has been queued, so that the device never waits for the log.
             stop = waiting is not None and self._record(waiting)
@@ -324,6 +325,8 @@ def run(args: argparse.Namespace) -> int:
     w = world.find()
     chosen = config.load(args.config, args.overrides)
     config.check(chosen, w.size)
+    if args.timeline and chosen.parallel.pp == 1:
+        raise config.ConfigError("--timeline draws a pipeline, but parallel.pp = 1; set parallel.pp or drop the flag")
     folder = Path(args.run or Path("runs") / Path(args.config).stem)
     if w.main:
         _claim(folder)
@@ -332,6 +335,7 @@ def run(args: argparse.Namespace) -> int:
         store = w.meet()
         if store is not None:
             flags = {"--folder": str(folder), "--resume": args.resume, "--steps-now": args.steps_now,
+                     "--timeline": args.timeline,
                      "the kind of device": device.type}
             agree.on_the_run(store, w.rank, w.size, config.dump(chosen), flags, minutes)
         patience = timedelta(minutes=minutes + 2)            # torch's own limit: the watchdog speaks first, in words
@@ -353,8 +357,9 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
         if main:
             (folder / "config.toml").write_text(config.dump(trainer.run))
             trainer.loader.tokenizer.save(folder)             # the run can be sampled without its shards
-        with _profiled(args.profile, folder, trainer.world.rank) as mark:
-            trainer.steps(args.steps_now, mark)
+        with (_profiled(args.profile, folder, trainer.world.rank) as mark,
+              timeline.drawn(args.timeline, trainer.parts, folder / "timeline.png", trainer._tell) as draw):
+            trainer.steps(args.steps_now, mark, draw)
     finally:
         trainer.store.finish()                                # a save under way is not lost with the run
         trainer.loader.close()

@@ -93,7 +93,8 @@ class Stage(nn.Module):
 
 
 class Clock(Protocol):
-    """Told when a stage begins and ends a forward (F), a backward (B), or its input (I) and weight (W) halves."""
+    """Told in training when a stage begins and ends a forward (F), a backward (B), or its halves for inputs (I) and
+    weights (W)."""
 
     def begin(self) -> None: ...
 
@@ -117,7 +118,7 @@ class _Timed(PipelineStage):
 
     def _tell(self, kind: str, micro: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         clock = self.pipe.clock
-        if clock is None:
+        if clock is None or not torch.is_grad_enabled():
             return work(micro, *args, **kwargs)
         clock.begin()
         out = work(micro, *args, **kwargs)

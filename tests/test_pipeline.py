@@ -1,6 +1,7 @@
 """Pipelines: every schedule equals one rank, tied tables stay one, spans are balanced, timelines tell the truth."""
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from test_parity import CPU, EXACT, on_mesh
 from torch import Tensor
 
+from stepladder.launch import timeline
+from stepladder.launch.timeline import Box
 from stepladder.model.config import ModelConfig
 from stepladder.model.decoder import costs, flops, parameters
 from stepladder.ops.linear import Put, catch_up, linear, put_off
@@ -228,3 +231,73 @@ def test_every_stage_is_held_once() -> None:
         held = [i for rank in range(4) for i in layout.held(rank)]
         assert sorted(held) == [*range(layout.stages)]
     assert Parallel(schedule="zero-bubble").held(0) == [0]
+
+
+# Timelines
+
+def recorded(rank: int, n: int, layout: Parallel, slow: float,
+             micros: int = 4) -> tuple[list[Box], dict[int, list[Any]]]:
+    """The boxes of the second step, the last pipeline rank being slower in every forward."""
+    parts = build(tiny.config(layers=8), Mesh(layout, CPU, rank, n), seed=3)
+    batch = [tiny.micro(2, 16, seed) for seed in range(micros)]
+    parts.pipe(batch)
+    if rank == n - 1:
+        for stage in parts.pipe.stages:
+            stage.register_forward_pre_hook(lambda *_: time.sleep(slow))
+    parts.pipe.clock = recorder = timeline.Recorder(parts.mesh)
+    parts.pipe(batch)
+    parts.pipe(batch, train=False)                      # an evaluation between steps is no part of it
+    boxes = recorder.boxes()
+    order = getattr(next(iter(parts.pipe.schedules.values())), "pipeline_order", {})
+    return boxes, order
+
+
+KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+ONE_F_ONE_B = [[("F", 0, 0), ("F", 0, 1), ("B", 0, 0), ("F", 0, 2), ("B", 0, 1), ("F", 0, 3), ("B", 0, 2), ("B", 0, 3)],
+               [(kind, 1, micro) for micro in range(4) for kind in "FB"]]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_timeline_is_what_was_done(schedule: str, tmp_path: Path) -> None:
+    layout, slow = piped(schedule), 0.02
+    boxes, order = ranks.run(2, recorded, layout, slow)[0]
+    for rank in range(2):
+        mine = sorted((b for b in boxes if b.rank == rank), key=lambda b: b.start)
+        assert all(a.start < a.end <= b.start < b.end for a, b in pairwise(mine))
+        done = [(b.kind, b.stage, b.micro) for b in mine]
+        if schedule == "1f1b":
+            assert done == ONE_F_ONE_B[rank]
+        else:
+            assert done == [(KINDS[a.computation_type.name], a.stage_index, a.microbatch_index)
+                            for a in order[rank] if a is not None]
+    at = {(b.kind, b.stage, b.micro): b for b in boxes}
+    for (kind, stage, micro), b in at.items():          # the ranks' clocks agree: nothing begins before what it needs
+        needs = [at[key] for key in timeline._needs(b, layout.stages - 1)]
+        assert all(need.end < b.start + 2e-3 for need in needs), (kind, stage, micro)
+        assert b.end - b.start > slow or not (kind == "F" and b.rank == 1)
+    busy = sum(b.end - b.start for b in boxes)
+    total = max(b.end for b in boxes) - min(b.start for b in boxes)
+    assert timeline.share(boxes) == pytest.approx(1 - busy / (2 * total))
+    assert timeline.share(boxes) > 0.3                   # rank 0 waits for the slow one
+    said = timeline.caption(boxes, layout)
+    assert said.startswith(f"{schedule}, 2 ranks, 4 micro-batches: bubble {timeline.share(boxes):.1%}; ")
+    assert said.endswith(f"by formula {timeline.bubble(layout, 4):.1%}")
+    timeline.draw(boxes, tmp_path / "deep" / "timeline.png", layout)
+    assert (tmp_path / "deep" / "timeline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def with_equal_stages(boxes: list[Box], rank: int) -> list[Box]:
+    """A rank's work in the order in which it was done, its pieces as long as the formulas assume."""
+    mine = sorted((b for b in boxes if b.rank == rank), key=lambda b: b.start)
+    return [b._replace(start=at, end=at + (2 if b.kind == "B" else 1)) for at, b in enumerate(mine)]
+
+
+@pytest.mark.parametrize(("schedule", "pp", "micros"), [
+    ("1f1b", 2, 4), ("1f1b", 4, 8), ("interleaved", 2, 8), ("interleaved", 4, 8), ("zero-bubble", 2, 4),
+    ("zero-bubble", 4, 16)])
+def test_formulas_are_what_torchs_schedules_cost_with_equal_stages(schedule: str, pp: int, micros: int) -> None:
+    layout = piped(schedule, pp=pp)
+    done, _ = ranks.run(pp, recorded, layout, 0.0, micros)[0]
+    boxes = timeline.replay([b for rank in range(pp) for b in with_equal_stages(done, rank)])
+    assert len(boxes) == micros * layout.stages * (3 if schedule == "zero-bubble" else 2)
+    assert timeline.share(boxes) == pytest.approx(timeline.bubble(layout, micros))

@@ -269,6 +269,12 @@ def test_a_profile_is_a_trace_of_a_few_steps(folder: Path) -> None:
     assert sum(e["name"].startswith("Optimizer.step") for e in events) == 3
 
 
+def test_a_timeline_is_a_picture_of_a_step(folder: Path) -> None:
+    run, more = folder / "drawn", ("parallel.pp=2", "parallel.schedule=zero-bubble")
+    ranks.run(2, lambda_train, folder / "run0.toml", run, ("--steps-now", "3", "--timeline", *more))
+    assert (run / "timeline.png").read_bytes()[:4] == b"\x89PNG"
+
+
 EVALUATED = ("data.heldout=0.3", "train.eval_every=3", "train.eval_batches=2", "--steps-now", "6")
 
 
