@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -17,29 +18,37 @@ from stepladder.parallel.mesh import Mesh
 def label(piece: Tensor, decl: Decl, mesh: Mesh, sharded: int | None) -> Tensor:
     """This rank's piece of a parameter as a DTensor over its stage's mesh, sharing memory; plain on one rank.
 
-    `sharded` is the dimension FSDP cut, None if it did not. Raises AssertionError if the pieces do not make the
-    declared whole.
+    `sharded` is the dimension FSDP cut, None if it did not. Raises AssertionError if the piece is not what this rank
+    holds of the declared whole.
     """
     if mesh.alone:
         whole = piece
     else:
+        along = lambda dim, ranks: Replicate() if dim is None or ranks == 1 else Shard(dim)
         data = Replicate() if sharded is None else Shard(sharded)
         if decl.ep is not None:
-            over, places = mesh.expert["edp", "ep"], [data, Shard(decl.ep)]
+            over, places = mesh.expert["edp", "ep"], [data, along(decl.ep, mesh.ep)]
         elif decl.tp is not None and decl.pieces(mesh.tp) < mesh.tp:
             over = mesh.units(decl.pieces(mesh.tp))["replicate", "shard", "piece", "copy"]
             places = [Replicate(), data, Shard(decl.tp), Replicate()]
         else:
             over = mesh.dense["replicate", "shard", "tp"]
-            places = [Replicate(), data, Replicate() if decl.tp is None else Shard(decl.tp)]
-        whole = held(piece.detach(), over, places)
-    assert tuple(whole.shape) == decl.shape, f"pieces make {tuple(whole.shape)}, declared is {decl.shape}"
+            places = [Replicate(), data, along(decl.tp, mesh.tp)]
+        whole = held(piece.detach(), decl.shape, over, places)
+    assert tuple(whole.shape) == decl.shape, f"the piece is {tuple(whole.shape)}, declared is {decl.shape}"
     return whole
 
 
-def held(piece: Tensor, over: DeviceMesh, places: Sequence[Placement]) -> DTensor:
+def held(piece: Tensor, shape: tuple[int, ...], over: DeviceMesh, places: Sequence[Placement]) -> DTensor:
     """DTensor.from_local, but a piece in host memory stays there: a copy on the device would be loaded in vain."""
+    due = list(shape)
+    for ranks, rank, place in zip(over.shape, over.get_coordinate() or (), places, strict=True):
+        if isinstance(place, Shard):
+            each = -(-due[place.dim] // ranks)
+            due[place.dim] = max(0, min(each, due[place.dim] - rank * each))
+    assert list(piece.shape) == due, f"the piece is {tuple(piece.shape)}, of the declared {shape} it should be {due}"
+    whole = {"shape": torch.Size(shape), "stride": torch.empty(shape, device="meta").stride()}
     if piece.device.type == over.device_type:
-        return DTensor.from_local(piece, over, places, run_check=False)
-    spec = DTensor.from_local(piece.to("meta"), over, places, run_check=False)._spec
+        return DTensor.from_local(piece, over, places, run_check=False, **whole)
+    spec = DTensor.from_local(piece.to("meta"), over, places, run_check=False, **whole)._spec
     return DTensor(piece, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]

@@ -36,7 +36,7 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
     """Put FSDP2 around every mixer of `model` and around `root`; returns parameter name -> the dimension it shards.
 
     Only parameters of two and more dimensions are sharded: norms, decays and biases are small, stay fp32, and are
-    reduced explicitly. The sharded dimension is one that tp and ep leave alone. With offload, what is sharded lives on
+    reduced explicitly. The sharded dimension is one that tp and ep do not cut. With offload, what is sharded lives on
     the host and comes for its forward and its backward, on one data-parallel rank too; the rest lives on the device.
     """
     sharded: dict[str, int] = {}
@@ -50,7 +50,8 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
     for name, decl in declared(model).items():
         p, leaf = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
         ranks = dense if decl.ep is None else expert
-        dim = None if leaf.replicated or ranks < least else _dimension(decl, tuple(p.shape), ranks)
+        taken = {decl.tp if mesh.tp > 1 else None, decl.ep if mesh.ep > 1 else None}
+        dim = None if leaf.replicated or ranks < least else _dimension(tuple(p.shape), taken, ranks)
         if dim is None or not p.requires_grad:      # norms, decays, biases, routers
             p.data = p.data.to(mesh.device)
             ignored.add(p)
@@ -81,11 +82,13 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
     return sharded
 
 
-def _dimension(decl: Decl, shape: tuple[int, ...], ranks: int) -> int | None:
-    """The first dimension that is free and divides; None: left out of FSDP."""
+def _dimension(shape: tuple[int, ...], taken: set[int | None], ranks: int) -> int | None:
+    """The first dimension that is free and divides, or the first of all with a smaller last piece: FSDP cuts no other
+    dimension unevenly. None: every rank holds all of it."""
     if len(shape) < 2:
         return None
-    return next((i for i, n in enumerate(shape) if i not in (decl.tp, decl.ep) and n % ranks == 0), None)
+    uneven = 0 not in taken and -(-shape[0] // ranks) * (ranks - 1) < shape[0]
+    return next((i for i, n in enumerate(shape) if i not in taken and n % ranks == 0), 0 if uneven else None)
 
 
 class Sums:

@@ -71,6 +71,12 @@ def test_offload_takes_every_matrix_but_routers_on_one_rank_too(n: int) -> None:
     assert ranks.run(n, offloaded, Parallel())[0][0] == 0
 
 
+def test_a_number_of_ranks_that_does_not_divide_shards_as_much() -> None:
+    """One rank of four was lost, say: the matrices still fit, though no dimension is a multiple of three."""
+    three, two = (ranks.run(n, offloaded, Parallel())[0] for n in (3, 2))
+    assert three[1] == two[1] - {f"blocks.{i}.channel.experts.{name}" for i in (0, 2) for name in ("up", "gate", "down")}
+
+
 def test_offload_without_fsdp_is_refused() -> None:
     for dp in (1, 2):
         with pytest.raises(UnsupportedError, match=r"offload with ddp .* only what FSDP manages"):
@@ -89,7 +95,7 @@ def labelled(rank: int, n: int) -> None:
     mesh = init_device_mesh("cpu", (n,))
     piece = torch.full((3, 2), float(rank))
     mesh._device_type = "meta"
-    whole = held(piece, mesh, [Shard(0)])
+    whole = held(piece, (3 * n, 2), mesh, [Shard(0)])
     assert tuple(whole.shape) == (3 * n, 2)
     assert whole.to_local().data_ptr() == piece.data_ptr()
 
