@@ -139,7 +139,7 @@ def _train(p: argparse.ArgumentParser) -> None:
                    help="auto: from the newest checkpoint, if any; must: never start afresh (default: auto)")
     p.add_argument("--steps-now", metavar="N", type=_count, help="stop after N more steps, with a checkpoint")
     p.add_argument("--profile", action="store_true", help="write a trace of steps 3 to 5 to the run folder")
-    p.add_argument("--timeline", action="store_true", 
+    p.add_argument("--timeline", action="store_true",
                    help="draw the pipeline of the third step, with its bubble, to the run folder")
 
 
