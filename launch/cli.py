@@ -54,7 +54,10 @@ EXAMPLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 after one sentence on stderr about what the user can mend, or 130 when interrupted."""
+    """Run a command; 0, or 2 after one sentence on stderr about what the user can mend, or 130 when interrupted.
+
+    A group that lost a rank is 70: nothing to mend, and the same command may be tried again.
+    """
     try:
         args = parse(argv)
         return args.program(args) or 0
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2 if debug else 1
         rank = os.environ.get("RANK", "0")    # every rank says its own; launch/world.py would bring torch
         print(f"stepladder{'' if rank == '0' else f' (rank {rank})'}: {_sentence(error)}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit", 2)
 
 
 def _sentence(error: Exception) -> str:

@@ -39,6 +39,7 @@ def listed(ranks: Sequence[int]) -> str:
 
 class LostRank(RuntimeError):
     """The group is broken: another rank is gone, or left."""
+    exit = EXIT            # of the program: started again, it may well run
 
 
 class Word(NamedTuple):
@@ -56,6 +57,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.on = self.leaving = self.rests = False
+        self.runs = 0                          # of this process: a store outlives them
 
     @contextlib.contextmanager
     def over(self, mesh: Mesh, store: dist.Store, limit: float) -> Iterator[None]:
@@ -72,14 +74,16 @@ class Watch:
             raise LostRank(f"{self._rank(mesh.rank)} lost the others in step {self.now}{self._last()}: {cause}"
                            ) from error
         finally:
-            self.stop(f"{self._rank(mesh.rank)} has come to its end")
+            self.stop(f"{self._rank(mesh.rank)} has come to its end", alarm=False)
 
     def start(self, mesh: Mesh, store: dist.Store, limit: float) -> None:
         self.mesh, self.limit, self.pause = mesh, limit, min(BEAT, limit / 10)
         self.now, self.started, self.complete, self.beats = 0, 0, 0, 0
         self.names = [("", "")] * NAMES
         self.held: deque[tuple[int, float, dist.Work]] = deque()
-        self.store = store.clone()  # pyright: ignore  # a connection of its own: the main thread may wait in the other
+        self.runs += 1
+        own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # the main thread may wait in the other
+        self.store = dist.PrefixStore(f"watch/{self.runs}", own)
         self.store.set_timeout(timedelta(seconds=max(10.0, self.pause)))
         self.ended = threading.Event()
         self.on, self.leaving, self.rests = True, False, False
@@ -87,14 +91,13 @@ class Watch:
         self.thread = threading.Thread(target=self._follow, name="watch", daemon=True)
         self.thread.start()
 
-    def stop(self, why: str) -> None:
-        """Leave, and say why to those that may come to wait for this rank."""
+    def stop(self, why: str, alarm: bool = True) -> None:
+        """Leave, and say why to those that may come to wait for this rank. alarm: they will wait in vain."""
         if self.on:
             self.on = False
             self.ended.set()
             self.thread.join()
-            with contextlib.suppress(RuntimeError):      # nobody may be left to hear it
-                self._say(why)
+            self._leave(why, alarm)
             self.held.clear()
 
     def track(self, work: dist.Work, kind: str, where: str) -> dist.Work:
@@ -136,7 +139,8 @@ class Watch:
             waited = time_ - min(moved, waits[1] if waits else moved)
             try:
                 self._say()
-                if waited > self.limit - LISTEN * self.pause and not self.leaving:
+                limit = 2 * LISTEN * self.pause if self.store.check(["alarm"]) else self.limit
+                if waited > limit - LISTEN * self.pause and not self.leaving:
                     cause, again = self._others(), self._oldest()
                     if state == (self.now, self.started, again and again[0]):   # it has not gone on in the meantime
                         self._end(cause, time.monotonic() - time_ + waited)
@@ -151,9 +155,14 @@ class Watch:
             return
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2,
                  f"stepladder: {me} waited {waited:.0f} s in step {self.now} {what}: {cause}\n".encode())
-        with contextlib.suppress(RuntimeError):
-            self._say(cause)
+        self._leave(cause)
         os._exit(EXIT)
+
+    def _leave(self, why: str, alarm: bool = True) -> None:
+        with contextlib.suppress(RuntimeError):        # nobody may be left to hear it
+            self._say(why)
+            if alarm:
+                self.store.set("alarm", "")
 
     def _cause(self, error: Exception) -> str | None:
         """Whose end this error of a connection comes from; None for any other error."""
@@ -229,10 +238,10 @@ class Watch:
     def _say(self, left: str = "") -> None:
         self.beats += 1
         word = Word(self.beats, time.time(), self.now, self.started, self._stands(), left)
-        self.store.set(f"watch/{self.mesh.rank}", json.dumps(word))
+        self.store.set(str(self.mesh.rank), json.dumps(word))
 
     def _read(self) -> dict[int, Word]:
-        words = self.store.multi_get([f"watch/{rank}" for rank in range(self.mesh.size)])
+        words = self.store.multi_get([*map(str, range(self.mesh.size))])
         return {rank: Word(*json.loads(word)) for rank, word in enumerate(words)}
 
     def _rank(self, rank: int) -> str:

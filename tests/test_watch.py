@@ -7,10 +7,13 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import corpora
@@ -24,7 +27,7 @@ from stepladder.launch import agree, cli, config, world
 from stepladder.parallel.checkpoint import Ranks
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
-from stepladder.parallel.watch import EXIT, HELD, Watch, watch
+from stepladder.parallel.watch import EXIT, HELD, LostRank, Watch, watch
 
 CPU = torch.device("cpu")
 LIMIT = 3.0
@@ -136,6 +139,29 @@ def test_a_rank_that_stops_says_why_to_those_that_wait(tmp_path: Path) -> None:
         found[0][1]
 
 
+def alarmed(rank: int, n: int) -> None:
+    with watch.over(Mesh(Parallel(), CPU, rank, n), store(), 10 * LIMIT):
+        watch.pause = 0.3
+        watch.step(1)
+        (raises if rank == 1 else sleeps)()
+
+
+def test_nobody_waits_for_the_limit_when_a_rank_has_said_that_it_stopped(tmp_path: Path) -> None:
+    code, said = ends(2, alarmed, tmp_path)[0]
+    assert code == EXIT
+    assert "rank 0 (pp 0, dp 0, tp 0, ep 0) waited " in said
+    assert said.endswith("without progress: rank 1 (pp 0, dp 1, tp 0, ep 0) stopped: shard 7 is torn\n")
+
+
+def test_a_lost_rank_has_an_exit_code_of_its_own(monkeypatch, capsys) -> None:
+    def lose(_: Any) -> None:
+        raise LostRank("rank 0 lost the others")
+
+    monkeypatch.setattr(cli, "parse", lambda _: SimpleNamespace(program=lose))
+    assert cli.main([]) == EXIT
+    assert capsys.readouterr().err == "stepladder: rank 0 lost the others\n"
+
+
 def test_an_error_of_this_rank_alone_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         with Watch().over(Mesh(Parallel(), CPU), dist.HashStore(), 60):
@@ -203,14 +229,30 @@ def test_following_a_collective_costs_next_to_nothing(on: bool, most: float) -> 
     assert min(took) < most
 
 
-def test_a_watch_that_rests_waits_longer_than_its_limit() -> None:
+def test_only_a_watch_that_rests_waits_longer_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     w = watching(0.2)
     try:
         with w.rest():
-            time.sleep(0.5)                           # os._exit would end the tests here
-        assert w.thread.is_alive()
+            time.sleep(0.5)
+            assert not codes
+        time.sleep(0.5)
+        assert codes[0] == EXIT
     finally:
         w.stop("")
+
+
+def test_ranks_that_listen_at_the_same_time_do_not_take_each_other_for_silent() -> None:
+    words, pair = dist.HashStore(), (Watch(), Watch())
+    for rank, w in enumerate(pair):
+        w.start(Mesh(Parallel(), CPU, rank, 2), words, 1.0)
+        w.ended.set()                                 # their own threads would beat
+        w.thread.join()
+        w.ended = threading.Event()
+    assert "rank 1 (pp 0, dp 1, tp 0, ep 0) has been silent" in pair[0]._others()
+    with ThreadPoolExecutor(2) as pool:
+        assert not any("silent" in said for said in pool.map(Watch._others, pair))
 
 
 # Agreement
@@ -420,7 +462,7 @@ def private(rank: int, n: int) -> float:
 
 def test__get_default_store_and__set_pg_timeout() -> None:
     """Ranks that share a store of their group; a group's collectives that end when the mesh says."""
-    assert ranks.run(4, private)[0] < 5
+    assert ranks.run(4, private, timeout=20)[0] < 5
 
 
 def test_store_clone_is_another_connection_to_the_same_words() -> None:
