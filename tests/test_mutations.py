@@ -13,7 +13,7 @@ import torch
 from test_parity import compare
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from stepladder.model.channel import moe
 from stepladder.model.leaf import Decl
@@ -36,13 +36,12 @@ def clean_then_broken(rank: int, n: int, mutate: Callable[[], None], cell: Cell,
     return [clean, compare(rank, n, cell, layout)]
 
 
-def differences(mutate: Callable[[], None], cell: Cell, layout: Parallel) -> set[str]:
-    """What any rank sees after the mutation: names of gradients, loss, likelihood, count, load."""
-    results = ranks.run(2, clean_then_broken, mutate, cell, layout)
+def differences(mutate: Callable[[], None], cell: Cell, layout: Parallel, n: int = 2) -> set[str]:
+    """What any of n ranks sees after the mutation: names of gradients, loss, likelihood, count, load."""
+    results = ranks.run(n, clean_then_broken, mutate, cell, layout)
     assert not any(clean for clean, _ in results)
     lines = {line for _, broken in results for line in broken}
-    return {line.split(" is off")[0].removeprefix("gradient of ") if "gradient" in line else line.split()[0]
-            for line in lines}
+    return {line.split(" is off")[0].removeprefix("gradient of ") for line in lines}
 
 
 # Sums of gradients
@@ -65,9 +64,44 @@ def shared_heads_not_summed() -> None:
     _without_sums(lambda decl, norm: decl.share)
 
 
-def test_a_shared_kv_head_whose_gradient_is_not_summed_is_seen() -> None:
-    seen = differences(shared_heads_not_summed, ("attention1", "swiglu0", "standard"), TP)
-    assert seen == {f"blocks.{i}.token.{name}" for i in range(4) for name in ("wk", "wv")}
+def shared_heads_summed_over_all_ranks() -> None:
+    groups = shard._groups
+    shard._groups = lambda decl, mesh, *args: [mesh.group("tp")] if decl.share else groups(decl, mesh, *args)
+
+
+KV = {f"blocks.{i}.token.{name}" for i in range(4) for name in ("wk", "wv")}
+
+
+@pytest.mark.parametrize(("attention", "tp"), [("attention1", 2), ("attention1", 4), ("attention0", 4)])
+def test_a_shared_kv_head_whose_gradient_is_not_summed_is_seen(attention: str, tp: int) -> None:
+    assert differences(shared_heads_not_summed, (attention, "swiglu0", "standard"), Parallel(tp=tp), tp) == KV
+
+
+def test_a_shared_kv_head_whose_gradient_is_summed_with_another_heads_is_seen() -> None:
+    cell = ("attention0", "swiglu0", "standard")                  # two heads on four ranks
+    assert differences(shared_heads_summed_over_all_ranks, cell, Parallel(tp=4), 4) == KV
+
+
+def replicas_summed_again() -> None:
+    groups = shard._groups
+    again = lambda decl, mesh, sharded, norm: [mesh.dense["replicate"].get_group()] if sharded else []
+    shard._groups = lambda *args: [*groups(*args), *again(*args)]
+
+
+def test_a_gradient_that_hsdp_has_reduced_and_is_summed_over_replicas_again_is_seen() -> None:
+    seen = differences(replicas_summed_again, ("gla0", "swiglu0", "ladder"), Parallel(dp_replicate=2), 4)
+    assert {"embed.table", "blocks.0.token.wq", "blocks.3.channel.down"} <= seen
+    assert not [name for name in seen if "norm" in name]           # those are summed by us alone
+
+
+def sums_that_never_come_back() -> None:
+    """Into a copy: what moving an offloaded gradient to the device and forgetting it there does."""
+    shard.local = lambda t: (t.to_local() if isinstance(t, DTensor) else t).clone()
+
+
+def test_the_sum_of_an_offloaded_gradient_that_stays_on_the_device_is_seen() -> None:
+    seen = differences(sums_that_never_come_back, ("gla0", "swiglu0", "ladder"), Parallel(tp=2, offload=True))
+    assert {"blocks.0.token.gate_down", "blocks.0.token.norm"} <= seen
 
 
 def experts_not_summed() -> None:
@@ -131,7 +165,12 @@ def test_an_auxiliary_loss_counted_by_every_tp_rank_is_seen() -> None:
 
 
 def own_tokens_only() -> None:
-    tensor.OwnTokens.total = lambda self, v: v
+    init = tensor.OwnTokens.__init__
+
+    def mutated(self: tensor.OwnTokens, stream: tensor.TensorComm) -> None:
+        init(self, stream)
+        self.total = lambda v: v
+    tensor.OwnTokens.__init__ = mutated
 
 
 def test_a_balance_loss_over_a_slice_of_the_sequence_is_seen() -> None:
@@ -142,9 +181,9 @@ def test_a_balance_loss_over_a_slice_of_the_sequence_is_seen() -> None:
 def experts_swapped() -> None:
     dispatch = AllToAll.dispatch
 
-    def mutated(self: AllToAll, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        rows, counts = dispatch(self, rows, counts)
-        return rows, counts.flip(0)
+    def mutated(self: AllToAll, rows: Tensor, counts: Tensor) -> Any:
+        arriving, counts, back = dispatch(self, rows, counts)
+        return arriving, counts.flip(0), back
     AllToAll.dispatch = mutated
 
 
@@ -170,7 +209,7 @@ def test_a_stale_handle_is_seen(wiring: str) -> None:
 
 
 def gathered_backwards() -> None:
-    tensor.join = lambda x: x.flip(0).transpose(0, 1).flatten(1, 2)
+    tensor._join = lambda x: x.flip(0).transpose(0, 1).flatten(1, 2)
 
 
 @pytest.mark.parametrize(("channel", "layout"), [("swiglu0", SP), ("moe0", TP)], ids=["sequence", "own tokens"])
@@ -229,11 +268,12 @@ def test_a_norm_over_a_local_slice_is_seen_and_its_total_is_exact() -> None:
 # Labels
 
 def split_forgotten() -> None:
-    labels.Shard = lambda dim: Replicate()
+    held = labels.held
+    labels.held = lambda piece, shape, over, places: held(piece, shape, over, [Replicate()] * len(places))
 
 
 @pytest.mark.parametrize(("layout", "piece"), [(TP, "attention0"), (EP, "experts"), (Parallel(), "fsdp")],
                          ids=lambda x: x if isinstance(x, str) else "")
 def test_a_slice_saved_as_if_it_were_whole_is_refused(layout: Parallel, piece: str) -> None:
-    with pytest.raises(ranks.RankFailed, match=r"pieces make .*, declared is"):
+    with pytest.raises(ranks.RankFailed, match=r"the piece is .*, of the declared .* it should be"):
         differences(split_forgotten, ("attention0", "moe0", "standard"), layout)
