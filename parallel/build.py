@@ -102,21 +102,22 @@ def connect(decoder: Decoder, mesh: Mesh) -> None:
     if mesh.tp * mesh.ep == 1:
         return
     lanes = Lanes(mesh.device)
-    ranks = lambda axis: Ranks(lanes, mesh.group(axis), mesh.beside(axis))
-    stream = TensorComm(lanes, ranks("tp") if mesh.tp > 1 else None, mesh.layout.sequence)
-    tokens = OwnTokens(stream)
+    ranks = lambda axis: Ranks(lanes, mesh.group(axis), mesh.beside(axis), mesh.layout.copies)
+    tp = ranks("tp") if mesh.tp > 1 else None
+    stream = lambda name: TensorComm(lanes, tp, mesh.layout.sequence, name)
     exchange = AllToAll(ranks("ep")) if mesh.ep > 1 else Carry(lanes)
-    for block in blocks(decoder):
-        own = block.channel.tokens == "own"
-        block.token_comm, block.channel_comm = stream, tokens if own else stream
-        for mixer, comm in ((block.token, stream), (block.channel, block.channel_comm)):
+    for layer, block in zip(decoder.blocks, blocks(decoder), strict=True):
+        block.token_comm, block.channel_comm = stream(f"blocks.{layer}.token"), stream(f"blocks.{layer}.channel")
+        if block.channel.tokens == "own":
+            block.channel_comm = OwnTokens(block.channel_comm)
+        for mixer, comm in ((block.token, block.token_comm), (block.channel, block.channel_comm)):
             for leaf in mixer.modules():
                 if isinstance(leaf, Leaf):
                     leaf.comm = comm
         if isinstance(block.channel, MoE):
             block.channel.experts.exchange = exchange
-    decoder.embed_comm = decoder.head_comm = stream
+    decoder.embed_comm, decoder.head_comm = stream("embed"), stream("head")
     for end in (decoder.embed, decoder.head):
         if end is not None:
-            end.comm = stream
+            end.comm = decoder.head_comm
             end.first = mesh.tp_rank * decoder.cfg.vocab // mesh.tp

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepladder.model.residual import Pending
 from stepladder.ops import experts
-from stepladder.parallel.flight import Lanes, Started
+from stepladder.parallel.flight import Lanes
 from stepladder.parallel.tensor import Ranks
 
 
@@ -58,27 +58,23 @@ class AllToAll:
     def __init__(self, ranks: Ranks):
         self.ranks, self.lanes = ranks, ranks.lanes
         self.carry = Carry(ranks.lanes).carry
-        self.n = dist.get_world_size(ranks.front)
 
     def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Pending, Tensor, Back]:
-        counts = counts.view(self.n, -1)                             # (rank, its experts)
+        counts = counts.view(self.ranks.n, -1)                             # (rank, its experts)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.ranks.group())
         # The one read of the device per MoE layer: uneven splits are host numbers. It waits for this lane alone.
         send, receive = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
-        local = torch.arange(counts.shape[1], device=rows.device).repeat(self.n)
+        local = torch.arange(counts.shape[1], device=rows.device).repeat(self.ranks.n)
         order = local.repeat_interleave(arriving.flatten(), output_size=sum(receive)).argsort(stable=True)
         back = Back(order, experts.invert(order), send, receive)
-        there, home = partial(self._move, send, receive), partial(self._move, receive, send)
+        move = self.ranks.exchange
+        there, home = partial(move, send=send, receive=receive), partial(move, send=receive, receive=send)
         return Sorting(self.lanes.start(rows, there, home, late=True), back), arriving.sum(0), back
 
     def combine(self, rows: Tensor, back: Back) -> Pending:
         with self.lanes.front():
             rows = experts.permute(rows, back.inverse, back.order)
-            there, home = (partial(self._move, *way) for way in ((back.receive, back.send), (back.send, back.receive)))
-            return self.lanes.start(rows, there, home)
-
-    def _move(self, send: list[int], receive: list[int], rows: Tensor) -> Started:
-        out = rows.new_empty(sum(receive), rows.shape[1])
-        return Started(out, dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.ranks.group(),
-                                                   async_op=True))
+            move = self.ranks.exchange
+            there = partial(move, send=back.receive, receive=back.send)
+            return self.lanes.start(rows, there, partial(move, send=back.send, receive=back.receive))

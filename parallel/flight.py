@@ -29,7 +29,7 @@ from stepladder.model.residual import Pending, Ready, Stream
 class Started(NamedTuple):
     """A tensor that a collective is still writing, and what makes the result of it when it is complete."""
     y: Tensor
-    work: dist.Work | None = None
+    work: dist.Work | torch.cuda.Event | None = None
     finish: Callable[[Tensor], Tensor] | None = None
 
 
@@ -44,6 +44,7 @@ class Lanes:
         self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.main: torch.cuda.Stream | None = None
         self.mark = self.low = 0
+        self.where = ""                  # the sublayer whose collectives are being started, for the watchdog
 
     def beside(self) -> bool:
         """Whether this is the side lane; a backward node runs on the lane its forward ran on."""
@@ -75,8 +76,9 @@ class Lanes:
         with torch.cuda.stream(self.main):
             yield
 
-    def sublayer(self) -> None:
+    def sublayer(self, name: str) -> None:
         """The next sublayer begins here."""
+        self.where = name
         self.low, self.mark = self.mark, torch._C._autograd._get_sequence_nr()  # pyright: ignore
 
     def start(self, x: Tensor, go: Trip, back: Trip, late: bool = False) -> Pending:
@@ -85,7 +87,7 @@ class Lanes:
         late: it is a sublayer's input. Autograd runs the newest ready node, and that would be the wait for its
         gradient: it is made as old as the sublayer before, so that this one's backward is queued first.
         """
-        flight = _Flight(go, back)
+        flight = _Flight(self, go, back)
         token: Tensor = _Start.apply(x, flight)  # pyright: ignore[reportAssignmentType]
         if late and token.grad_fn is not None:
             node: Any = token.grad_fn
@@ -101,11 +103,12 @@ class Lanes:
 class _Flight:
     """One tensor on its way, forward or backward."""
 
-    def __init__(self, go: Trip, back: Trip):
-        self.go, self.back = go, back
+    def __init__(self, lanes: Lanes, go: Trip, back: Trip):
+        self.lanes, self.go, self.back, self.where = lanes, go, back, lanes.where
         self.under_way: tuple[Tensor, Started, Any] | None = None
 
     def start(self, trip: Trip, x: Tensor) -> None:
+        self.lanes.where = self.where
         started = trip(x)
         on_gpu_alone = started.work is None and x.is_cuda
         self.under_way = x, started, torch.cuda.current_stream().record_event() if on_gpu_alone else started.work

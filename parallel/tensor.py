@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepladder.model.residual import Pending, Ready, Stream
+from stepladder.parallel.copies import Copies
 from stepladder.parallel.flight import Lanes, Started
+from stepladder.parallel.watch import watch
 
 Group = dist.ProcessGroup
 # torch 2.13 renames these two and warns of the old names.
@@ -27,29 +29,72 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather(x: Tensor, group: Group) -> Started:
-    """x (B, t, D) of every rank -> (B, n t, D)."""
-    out = x.new_empty(dist.get_world_size(group), *x.shape)
-    return Started(out, _all_gather_single(out.flatten(0, 1), x.contiguous(), group=group, async_op=True), _join)
+class Ranks:
+    """The ranks of one axis, by two communicators: each works off its collectives in order, and what is started beside
+    the mixers must not queue behind what waits for a mixer. `copies`: large ones by copy engines, see copies.py."""
+
+    def __init__(self, lanes: Lanes, front: Group, beside: Group | None = None, copies: bool = False):
+        self.lanes, self.groups = lanes, (front, beside or front)
+        self.n, self.rank = dist.get_world_size(front), dist.get_rank(front)
+        self.copies = [Copies(g, lanes.side.device) for g in self.groups] if copies and lanes.side is not None else None
+
+    def group(self) -> Group:
+        return self.groups[self.lanes.beside()]
+
+    def gather(self, x: Tensor) -> Started:
+        """x (B, t, D) of every rank -> (B, n t, D)."""
+        if self.copies is not None:
+            return Started(*self.copies[self.lanes.beside()].gather(x), _join)
+        out = x.new_empty(self.n, *x.shape)
+        work = _all_gather_single(out.flatten(0, 1), x.contiguous(), group=self.group(), async_op=True)
+        return Started(out, self._track(work, "all-gather"), _join)
+
+    def scatter(self, y: Tensor) -> Started:
+        """y (B, T, D) shares -> this rank's tokens (B, T/n, D) of their sum."""
+        parts = y.unflatten(1, (self.n, -1)).transpose(0, 1)
+        if self.copies is not None:
+            return Started(*self.copies[self.lanes.beside()].scatter(parts))
+        parts = parts.contiguous()
+        out = torch.empty_like(parts[0])
+        work = _reduce_scatter_single(out, parts.flatten(0, 1), group=self.group(), async_op=True)
+        return Started(out, self._track(work, "reduce-scatter"))
+
+    def add_up(self, y: Tensor) -> Started:
+        """y shares -> their sum."""
+        if self.copies is not None and y.numel() % self.n == 0:
+            return Started(*self.copies[self.lanes.beside()].add_up(y.contiguous()))
+        y = y.clone(memory_format=torch.contiguous_format)       # gradients may be shared: never write them in place
+        return Started(y, self._track(dist.all_reduce(y, group=self.group(), async_op=True), "all-reduce"))
+
+    def own(self, x: Tensor) -> Started:
+        """This rank's tokens of x (B, T, D)."""
+        return Started(x.chunk(self.n, 1)[self.rank].contiguous())
+
+    def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Started:
+        """rows (sum of send, D), those for rank 0 first -> (sum of receive, D), those from rank 0 first."""
+        out = rows.new_empty(sum(receive), rows.shape[1])
+        work = dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group(), async_op=True)
+        return Started(out, self._track(work, "all-to-all"))
+
+    def total(self, v: Tensor) -> Tensor:
+        return _Total.apply(v, self)  # pyright: ignore[reportReturnType]
+
+    def highest(self, v: Tensor) -> Tensor:
+        return self._reduced(v, dist.ReduceOp.MAX)
+
+    def _reduced(self, v: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        v = v.clone(memory_format=torch.contiguous_format)
+        work = self._track(dist.all_reduce(v, op=op, group=self.group(), async_op=True), "all-reduce of a statistic")
+        assert work is not None
+        work.wait()
+        return v
+
+    def _track(self, work: dist.Work | None, kind: str) -> dist.Work | None:
+        return watch.track(work, kind, self.lanes.where) if work is not None else None
 
 
-def scatter(y: Tensor, group: Group) -> Started:
-    """y (B, T, D) shares -> this rank's tokens (B, T/n, D) of their sum."""
-    n = dist.get_world_size(group)
-    parts = y.unflatten(1, (n, -1)).transpose(0, 1).contiguous()
-    out = torch.empty_like(parts[0])
-    return Started(out, _reduce_scatter_single(out, parts.flatten(0, 1), group=group, async_op=True))
-
-
-def add_up(y: Tensor, group: Group) -> Started:
-    """y shares -> their sum."""
-    y = y.clone(memory_format=torch.contiguous_format)       # gradients may be shared: never write them in place
-    return Started(y, dist.all_reduce(y, group=group, async_op=True))
-
-
-def own(x: Tensor, group: Group) -> Started:
-    """This rank's tokens of x (B, T, D)."""
-    return Started(x.chunk(dist.get_world_size(group), 1)[dist.get_rank(group)].contiguous())
+def copy(x: Tensor) -> Started:
+    return Started(x.detach())
 
 
 def _join(x: Tensor) -> Tensor:
@@ -57,65 +102,36 @@ def _join(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def copy(x: Tensor) -> Started:
-    return Started(x.detach())
-
-
-class Ranks:
-    """The ranks of one axis, by two communicators: each works off its collectives in order, and what is started beside
-    the mixers must not queue behind what waits for a mixer."""
-
-    def __init__(self, lanes: Lanes, front: Group, beside: Group | None = None):
-        self.lanes, self.front, self.side = lanes, front, beside or front
-
-    def group(self) -> Group:
-        return self.side if self.lanes.beside() else self.front
-
-    def total(self, v: Tensor) -> Tensor:
-        return _Total.apply(v, self)  # pyright: ignore[reportReturnType]
-
-    def highest(self, v: Tensor) -> Tensor:
-        v = v.clone()
-        dist.all_reduce(v, op=dist.ReduceOp.MAX, group=self.group())
-        return v
-
-
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
-        return _all_reduce(v, ranks.group())
+        return ranks._reduced(v)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return _all_reduce(g, ctx.ranks.group()), None
-
-
-def _all_reduce(x: Tensor, group: Group) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
-    return x
+        return ctx.ranks._reduced(g), None
 
 
 class TensorComm:
     """The Comm of mixers that hold a slice of each weight; without ranks, of any on two lanes."""
 
-    def __init__(self, lanes: Lanes, ranks: Ranks | None, sequence: bool = False):
-        self.lanes, self.ranks, self.sequence = lanes, ranks, sequence
+    def __init__(self, lanes: Lanes, ranks: Ranks | None, sequence: bool = False, name: str = ""):
+        self.lanes, self.ranks, self.sequence, self.name = lanes, ranks, sequence, name
 
     def spread(self, x: Tensor) -> Started:
-        return gather(x, self.ranks.group()) if self.ranks is not None and self.sequence else copy(x)
+        return self.ranks.gather(x) if self.ranks is not None and self.sequence else copy(x)
 
     def collect(self, y: Tensor) -> Started:
         if self.ranks is None:
             return copy(y)
-        return (scatter if self.sequence else add_up)(y, self.ranks.group())
+        return self.ranks.scatter(y) if self.sequence else self.ranks.add_up(y)
 
     def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
         return self.lanes.aside(run, s)
 
     def enter(self, x: Tensor) -> Pending:
-        self.lanes.sublayer()
+        self.lanes.sublayer(self.name)
         return self.lanes.start(x, self.spread, self.collect, late=True)
 
     def work(self, mixer: Callable[..., Any], x: Pending, *args: Any) -> Any:
@@ -138,12 +154,12 @@ class OwnTokens:
     """For mixers that take this rank's tokens and return whole rows. `stream` moves the shares of other mixers."""
 
     def __init__(self, stream: TensorComm):
-        self.stream, self.lanes, self.ranks = stream, stream.lanes, stream.ranks
+        self.stream, self.lanes, self.ranks, self.name = stream, stream.lanes, stream.ranks, stream.name
         self.work, self.aside, self.total, self.highest = stream.work, stream.aside, stream.total, stream.highest
 
     def enter(self, x: Tensor) -> Pending:
         """Awaited at once: routing, beside the mixers, reads it."""
-        self.lanes.sublayer()
+        self.lanes.sublayer(self.name)
         return Ready(x if self.whole() else self.lanes.start(x, self.spread, self.collect, late=True).wait())
 
     def leave(self, y: Tensor | Pending, also: Tensor | None = None) -> Pending:
@@ -153,7 +169,7 @@ class OwnTokens:
                 mine = y.wait()
                 if not self.whole() or self.stream.sequence:
                     assert self.ranks is not None
-                    before = dist.get_rank(self.ranks.front) * mine.shape[1]
+                    before = self.ranks.rank * mine.shape[1]
                     mine = F.pad(mine, (0, 0, before, also.shape[1] - before - mine.shape[1]))
                 return self.stream.leave(mine, also)
         return y if self.whole() else Gathering(y, self)
@@ -164,11 +180,11 @@ class OwnTokens:
 
     def spread(self, x: Tensor) -> Started:
         assert self.ranks is not None
-        return own(x, self.ranks.group())
+        return self.ranks.own(x)
 
     def collect(self, y: Tensor) -> Started:
         assert self.ranks is not None
-        return gather(y, self.ranks.group())
+        return self.ranks.gather(y)
 
 
 class Gathering(NamedTuple):
