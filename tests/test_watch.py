@@ -412,7 +412,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_three_ranks_train_as_one_does_and_the_log_begins_with_the_mesh(toml: Path, tmp_path: Path) -> None:
-    """Of four ranks three are left: 32 is not divisible by 3, so what FSDP cannot cut it leaves whole."""
+    """Of four ranks three are left, and 3 divides neither the width nor the heads."""
     for n in (1, 3):
         found = ranks.run(n, program, toml, tmp_path / f"{n}")
         assert {code for code, _, _ in found} == {0}
