@@ -116,7 +116,7 @@ class Mesh:
         if first == last or self.layout.schedule == "zero-bubble":
             return None
         pairs = [[first + r, last + r] for r in range(self.dp * self.tp)]
-        group, _ = dist.new_subgroups_by_enumeration(pairs)
+        group, _ = dist.new_subgroups_by_enumeration(pairs, timeout=self.patience)
         return None if isinstance(group, int) else group
 
     def connect(self, decls: Iterable[Decl], tied: bool = False) -> None:
@@ -150,7 +150,8 @@ class Mesh:
         if n == 1 or self.device.type == "cpu":
             return None
         if axis not in self._beside:
-            group, _ = dist.new_subgroups_by_enumeration(torch.arange(self.size).view(-1, n).tolist())
+            rows = torch.arange(self.size).view(-1, n).tolist()
+            group, _ = dist.new_subgroups_by_enumeration(rows, timeout=self.patience)
             assert isinstance(group, dist.ProcessGroup)
             self._beside[axis] = group
         return self._beside[axis]
@@ -174,5 +175,7 @@ class Mesh:
     def __repr__(self) -> str:
         p = self.layout
         data = f"dp{self.dp}" + (f"={p.dp_replicate}x{self.dp // p.dp_replicate}" if p.dp_replicate > 1 else "")
-        return (f"Mesh({self.size} {self.device.type}: pp{self.pp} x {data}{' fsdp' if p.shard and self.dp > 1 else ''}"
-                f" x tp{self.tp}{' sp' if p.sequence else ''}, ep{self.ep} x edp{self.edp})")
+        said = [f"pp{self.pp}{f' {p.schedule}' if self.pp > 1 else ''}",
+                f"{data}{' fsdp' if p.shard and (self.dp > 1 or p.offload) else ''}{' offload' if p.offload else ''}",
+                f"tp{self.tp}{' sp' if p.sequence else ''}"]
+        return f"Mesh({self.size} {self.device.type}: {' x '.join(said)}, ep{self.ep} x edp{self.edp})"

@@ -424,6 +424,16 @@ def test_three_ranks_train_as_one_does_and_the_log_begins_with_the_mesh(toml: Pa
     assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "1"), rel=1e-10)
 
 
+@pytest.mark.parametrize(("layout", "n", "says"), [
+    (Parallel(), 1, "Mesh(1 cpu: pp1 x dp1 x tp1, ep1 x edp1)"),
+    (Parallel(tp=2, pp=2, ep=2, sequence=True), 8, "Mesh(8 cpu: pp2 1f1b x dp2 fsdp x tp2 sp, ep2 x edp2)"),
+    (Parallel(pp=2, schedule="interleaved", shard=False), 4, "Mesh(4 cpu: pp2 interleaved x dp2 x tp1, ep1 x edp2)"),
+    (Parallel(dp_replicate=2, offload=True), 4, "Mesh(4 cpu: pp1 x dp4=2x2 fsdp offload x tp1, ep1 x edp4)"),
+])
+def test_one_line_says_how_ranks_are_laid_out(layout: Parallel, n: int, says: str) -> None:
+    assert repr(Mesh(layout, CPU, 0, n)) == says
+
+
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do(toml: Path) -> None:
     with pytest.raises(config.ConfigError) as caught:
         config.check(config.load(toml, ["data.lanes=4", "data.batch_tokens=384", "parallel.tp=2"]), 6)
