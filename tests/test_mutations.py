@@ -66,7 +66,8 @@ def shared_heads_not_summed() -> None:
 
 def shared_heads_summed_over_all_ranks() -> None:
     groups = shard._groups
-    shard._groups = lambda decl, mesh, *args: [mesh.group("tp")] if decl.share else groups(decl, mesh, *args)
+    every = lambda mesh: [mesh.group("tp")] if mesh.tp > 1 else []         # the one rank compared with has no groups
+    shard._groups = lambda decl, mesh, *args: every(mesh) if decl.share else groups(decl, mesh, *args)
 
 
 KV = {f"blocks.{i}.token.{name}" for i in range(4) for name in ("wk", "wv")}
