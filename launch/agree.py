@@ -24,6 +24,7 @@ from stepladder.parallel.watch import listed
 
 LAYERS = ("launch", "parallel", "model", "ops", "kernels", "data")
 CODE, TORCH = "the code of stepladder", "the version of torch"
+START = 10.0                        # minutes that ranks may come after one another, however short the limit
 MARGIN = timedelta(seconds=30)      # for rank 0 to say whom it missed
 _round = itertools.count()          # a store outlives a run in tests: every question has a number of its own
 

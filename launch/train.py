@@ -335,9 +335,8 @@ def run(args: argparse.Namespace) -> int:
         store = w.meet()
         if store is not None:
             flags = {"--folder": str(folder), "--resume": args.resume, "--steps-now": args.steps_now,
-                     "--timeline": args.timeline,
-                     "the kind of device": device.type}
-            agree.on_the_run(store, w.rank, w.size, config.dump(chosen), flags, minutes)
+                     "--timeline": args.timeline, "the kind of device": device.type}
+            agree.on_the_run(store, w.rank, w.size, config.dump(chosen), flags, max(minutes, agree.START))
         patience = timedelta(minutes=minutes + 2)            # torch's own limit: the watchdog speaks first, in words
         w.connect(device, store, patience)
         mesh = Mesh(chosen.parallel, device, w.rank, w.size, patience)

@@ -215,7 +215,8 @@ class Watch:
         return next(((n, since) for n, since, work in tuple(self.held) if not work.is_completed()), None)
 
     def _name(self, n: int) -> str:
-        return "the {} of {}".format(*self.names[n % NAMES])
+        kind, where = self.names[n % NAMES]
+        return f"the {kind} of {where}" if where else f"the {kind}"
 
     def _range(self, n: int) -> str:
         """Not every handle is held: one may wait for a collective between two that are."""
