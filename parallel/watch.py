@@ -127,7 +127,7 @@ class Watch:
         finally:
             self.rests = False
 
-    # What follows may run in either thread. Only the main thread changes `held`.
+    # What follows may run in either thread. Only training changes `held`: the main thread or autograd's, never both.
 
     def _follow(self) -> None:
         seen, moved = None, time.monotonic()
