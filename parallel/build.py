@@ -16,7 +16,7 @@ from stepladder.parallel.flight import Lanes
 from stepladder.parallel.labels import label
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.pipeline import Pipe, Stage
-from stepladder.parallel.shard import Sums, copies, local, wrap
+from stepladder.parallel.shard import Sums, copies, local, pair, wrap
 from stepladder.parallel.spans import spans
 from stepladder.parallel.tensor import OwnTokens, Ranks, TensorComm
 
@@ -42,8 +42,8 @@ class Parts:
 
     def copies(self, name: str) -> int:
         """How many ranks hold the same piece of a parameter."""
-        ends = 2 if self.decoders[0].cfg.tied and name == "embed.table" and self.mesh.ends is not None else 1
-        return ends * copies(self.decls[name], self.mesh, name in self.sharded)
+        stages = 1 if pair(name, self.decoders[0].cfg, self.mesh) is None else 2
+        return stages * copies(self.decls[name], self.mesh, name in self.sharded)
 
     def label(self, name: str, piece: Tensor) -> Tensor:
         """A tensor cut like parameter `name` (itself, its gradient, its moments) as a piece of the declared whole."""

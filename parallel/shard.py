@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from stepladder.model.config import ModelConfig
 from stepladder.model.decoder import Decoder, blocks
 from stepladder.model.leaf import Decl, declared
 from stepladder.parallel.mesh import Mesh
@@ -59,7 +60,9 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
             dims[p], sharded[name] = dim, dim
     # Outputs are read, summed and sent, never written in place (Comm.leave): what this warns of cannot happen.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+    # Inputs keep their types: router logits are fp32, and the next stage of a pipeline counts on it.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32),
+                                  cast_forward_inputs=False)
     home = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     dense_mesh = mesh.dense["replicate", "shard"] if mesh.layout.dp_replicate > 1 else mesh.data
 
@@ -102,8 +105,8 @@ class Sums:
         for name, (decl, p) in todo.items():
             if p.requires_grad:
                 groups = _groups(decl, mesh, name in sharded, name in norms)
-                if models[0].cfg.tied and name == "embed.table" and mesh.ends is not None:
-                    groups.append(mesh.ends)
+                if (ends := pair(name, models[0].cfg, mesh)) is not None:
+                    groups.append(ends)
                 for group in groups:
                     self.buckets[group, p.dtype].append(p)
 
@@ -131,6 +134,11 @@ def _groups(decl: Decl, mesh: Mesh, sharded: bool, norm: bool) -> list[dist.Proc
     elif decl.tp is not None and decl.pieces(mesh.tp) < mesh.tp:
         out.append(mesh.units(decl.pieces(mesh.tp))["copy"].get_group())
     return out
+
+
+def pair(name: str, cfg: ModelConfig, mesh: Mesh) -> dist.ProcessGroup | None:
+    """The two ranks that hold a parameter because it is on the first and on the last stage: a tied embedding."""
+    return mesh.ends if cfg.tied and name == "embed.table" else None
 
 
 def copies(decl: Decl, mesh: Mesh, sharded: bool) -> int:
