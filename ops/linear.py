@@ -18,17 +18,22 @@ class Put(NamedTuple):
 
 
 _later: list[Put] | None = None
+_stream: torch.cuda.Stream | None = None
 
 
 @contextmanager
 def put_off(later: list[Put]) -> Iterator[None]:
-    """Products made in here leave their weight gradients to catch_up(): a zero-bubble pipeline has a better time."""
-    global _later
-    before, _later = _later, later
+    """Products made in here leave their weight gradients to catch_up(): a zero-bubble pipeline has a better time.
+
+    Those on another stream than the present one do not: nothing would make catch_up() wait for them.
+    """
+    global _later, _stream
+    before = _later, _stream
+    _later, _stream = later, torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
-        _later = before
+        _later, _stream = before
 
 
 @torch.no_grad()
@@ -68,7 +73,9 @@ class _Product(torch.autograd.Function):
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x (..., I), w (O, I) -> (..., O) in x's dtype; fp32 master weights are cast here, and only here."""
-    later = _later if w.is_leaf else None         # what has gone through other products has its gradient from autograd
+    later = _later                    # for leaves alone: the gradients of others are on their way to other nodes
+    if later is not None and (not w.is_leaf or (x.is_cuda and torch.cuda.current_stream() != _stream)):
+        later = None
     return F.linear(x, w) if w.dtype == x.dtype and later is None else _Product.apply(x, w, later)  # pyright: ignore
 
 

@@ -11,7 +11,7 @@ import pytest
 import ranks
 import tiny
 import torch
-from test_parity import CPU, EXACT, on_mesh
+from test_parity import CPU, EXACT, on_mesh, passes
 from torch import Tensor
 
 from stepladder.launch import timeline
@@ -51,11 +51,10 @@ def same(layout: Parallel, n: int, cells: list[tuple[str, str, str]] = CELLS, ch
 # n ranks equal one
 
 @pytest.mark.parametrize("schedule", SCHEDULES[1:])
-@pytest.mark.parametrize(("n", "more"), [
-    (2, {}), (4, {"tp": 2}), (4, {"tp": 2, "sequence": True}), (4, {"ep": 2}), (4, {"ep": 2, "shard": False}),
-    (4, {"reshard": False}), (4, {"tp": 2, "sequence": True, "ep": 2})],
-    ids=["alone", "tp", "sp", "ep-fsdp", "ep-ddp", "fsdp-kept", "sp-ep"])
+@pytest.mark.parametrize(("n", "more"), [(2, {}), (4, {"reshard": False}), (4, {"ep": 2})],
+                         ids=["alone", "fsdp-kept", "ep-fsdp"])
 def test_a_schedule_equals_one_rank(schedule: str, n: int, more: dict[str, Any]) -> None:
+    """The other layouts of tests/matrix.py have it compared too."""
     same(piped(schedule, **more), n, [c for c in CELLS if "ep" not in more or c[1] != "swiglu0"])
 
 
@@ -74,6 +73,37 @@ def test_four_stage_ranks(schedule: str) -> None:
 @pytest.mark.parametrize("n", [2, 4])
 def test_weight_gradients_put_off_survive_recomputation(n: int) -> None:
     same(piped("zero-bubble"), n, CELLS[1:], how={"recompute": "both"})
+
+
+def gradients(rank: int, n: int, layout: Parallel, dtype: torch.dtype) -> dict[str, list[float]]:
+    cfg = replace(tiny.config("attention0", "between", "ladder"), std=0.1)
+    parts = build(cfg, Mesh(layout, CPU, rank, n), seed=3, dtype=dtype)
+    passes(parts, 4)
+    return {name: whole(parts.label(name, p.grad)) for name, p in parts.parameters().items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_bf16_stages_agree_on_what_crosses_between_them(schedule: str) -> None:
+    """Router logits stay fp32 across stages, and FSDP must leave them so; weight gradients put off are not lost."""
+    (want,) = ranks.run(1, gradients, Parallel(), torch.float64)
+    for rank in ranks.run(4, gradients, piped(schedule), torch.bfloat16):
+        for name, grad in rank.items():
+            ours, theirs = torch.tensor(grad).double(), torch.tensor(want[name]).double()
+            assert float((ours - theirs).norm() / theirs.norm()) < 0.05, name
+
+
+def greetings(rank: int, n: int) -> list[list[int]]:
+    parts = build(tiny.config(), Mesh(piped("zero-bubble"), CPU, rank, n), seed=3)
+    stages = [parts.pipe._stage(*held, tiny.micro(1, 16)) for held in zip(
+        parts.mesh.layout.held(rank), parts.pipe.stages, strict=True)]
+    for stage in stages:
+        stage.stage_index_to_group_rank = {0: 0, 1: 1, 2: 1, 3: 0}
+    return [[op.group_peer for op in stage._get_init_p2p_neighbors_ops()] for stage in stages]
+
+
+def test_get_init_p2p_neighbors_ops_leaves_a_rank_itself_out() -> None:
+    """torch's private `_get_init_p2p_neighbors_ops`, which 2.11 calls and 2.13 does not."""
+    assert ranks.run(2, greetings) == [[[1, 1], [1, 1]], [[0, 0], [0, 0]]]
 
 
 # What the comparison sees
@@ -273,12 +303,12 @@ def test_a_timeline_is_what_was_done(schedule: str, tmp_path: Path) -> None:
     at = {(b.kind, b.stage, b.micro): b for b in boxes}
     for (kind, stage, micro), b in at.items():          # the ranks' clocks agree: nothing begins before what it needs
         needs = [at[key] for key in timeline._needs(b, layout.stages - 1)]
-        assert all(need.end < b.start + 2e-3 for need in needs), (kind, stage, micro)
+        assert all(need.end <= b.start for need in needs), (kind, stage, micro)
         assert b.end - b.start > slow or not (kind == "F" and b.rank == 1)
     busy = sum(b.end - b.start for b in boxes)
     total = max(b.end for b in boxes) - min(b.start for b in boxes)
     assert timeline.share(boxes) == pytest.approx(1 - busy / (2 * total))
-    assert timeline.share(boxes) > 0.3                   # rank 0 waits for the slow one
+    assert timeline.share(boxes) > timeline.bubble(layout, 4)         # rank 0 waits for the slow one
     said = timeline.caption(boxes, layout)
     assert said.startswith(f"{schedule}, 2 ranks, 4 micro-batches: bubble {timeline.share(boxes):.1%}; ")
     assert said.endswith(f"by formula {timeline.bubble(layout, 4):.1%}")
