@@ -57,14 +57,13 @@ FEATURES = {"tp": "tensor parallel", "sp": "sequence parallel", "pp": "pipeline 
             "ep": "expert parallel",
             "ddp": "data parallel, replicated", "fsdp": "FSDP2", "hsdp": "FSDP2, sharded groups replicated"}
 
-# Every set listed is run by tests/test_parity.py at two ranks a dimension.
+# Every set listed is run at two ranks a dimension: by tests/test_parity.py up to eight ranks, by `make parity` beyond.
 LAYOUTS: list[frozenset[str]] = [
     frozenset((*tensor, *pipe, *expert, *data))
     for tensor, pipe, expert, data in product(
         [(), ("tp",), ("tp", "sp")], [(), ("pp",), ("interleaved",), ("zero-bubble",)], [(), ("ep",)],
         [(), ("ddp",), ("fsdp",), ("hsdp",)])
     if not (expert and not tensor and not data)          # ep has nothing to fold over
-    and not ("hsdp" in data and (pipe or expert) and tensor)     # sixteen ranks at the least: not run yet
 ]
 
 WIRINGS = {"standard": (0, 0), "parallel": (0, 1), "ladder": (1, 1)}
@@ -93,7 +92,7 @@ def refuse(model: ModelConfig, parallel: Parallel, dp: int) -> None:
     traits |= {name for name, on in (("offload", parallel.offload), ("ddp", not parallel.shard)) if on}
     for pair, reason in REFUSED.items():
         if set(pair) <= used | traits:
-            rest = used - set(pair)
+            rest = used - set(pair) | ({"fsdp"} if "ddp" in used & set(pair) else set())
             raise UnsupportedError(f"{' with '.join(pair)} is not supported: {reason}; "
                                    f"the nearest supported layout is {_name(rest)}")
 

@@ -10,6 +10,7 @@ import pytest
 
 from stepladder.launch import config
 from stepladder.launch.config import ConfigError
+from stepladder.parallel import support
 from stepladder.parallel.support import UnsupportedError
 
 TEXT = """
@@ -245,8 +246,9 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     assert config.derived(parsed(), 1).device == "cpu"
 
 
-def test_an_unlisted_combination_is_refused_by_the_support_table():
-    with pytest.raises(UnsupportedError, match="tp x ep x hsdp is not a supported layout"):
+def test_an_unlisted_combination_is_refused_by_the_support_table(monkeypatch):
+    monkeypatch.setattr(support, "LAYOUTS", [f for f in support.LAYOUTS if f != {"tp", "ep", "hsdp"}])
+    with pytest.raises(UnsupportedError, match="tp x ep x hsdp is not a supported layout; the nearest is ep x hsdp"):
         config.check(parsed(**TP2 | {"parallel.ep": 2, "parallel.dp_replicate": 2}), 8)
 
 
@@ -287,3 +289,21 @@ def test_a_width_that_does_not_divide_by_the_heads_is_refused_with_both():
         config.check(config.parse(table), 1)
     block["token"]["heads"] = 4                       # head_dim is width / heads then
     config.check(config.parse(table), 1)
+
+
+@pytest.mark.parametrize(("world", "change", "says"), [
+    (2, {"parallel.pp": 2}, "parallel.pp = 2; set train.graph = false or parallel.pp = 1"),
+    (2, {"parallel.ep": 2}, "parallel.ep = 2 reads on the host how many rows go where"),
+    (2, {}, "parallel.shard = true: FSDP moves weights while a pass runs"),
+    (1, {"train.dtype": "fp32"}, "= 'grouped' with train.dtype = 'fp32' counts on the host"),
+])
+def test_a_pass_that_cannot_be_recorded_is_refused(monkeypatch, world, change, says):
+    monkeypatch.setattr(config.torch.cuda, "is_available", lambda: True)
+    run = build({"train.graph": True, "train.dtype": "bf16", "train.device": "cuda"} | change)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        config.check(run, world)
+
+
+def test_a_recorded_pass_needs_a_gpu():
+    with pytest.raises(ConfigError, match="records the work of a GPU, but this run is on the CPU"):
+        config.check(build({"train.graph": True, "train.device": "cpu"}), 1)

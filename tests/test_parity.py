@@ -106,16 +106,16 @@ def worst(rank: int, n: int, cells: list[Cell], parallel: Parallel) -> tuple[flo
     return max(found.values()), [f"{what} is off by {e:.1e}" for what, e in found.items() if not e < EXACT]
 
 
-@pytest.mark.parametrize("name", matrix.LAYOUTS)
+@pytest.mark.parametrize("name", matrix.suite())
 def test_n_ranks_equal_one_rank(name: str) -> None:
     parallel, n = matrix.LAYOUTS[name]
-    answers = ranks.run(n, worst, matrix.selection()[name], parallel, timeout=240)
+    answers = ranks.run(n, worst, matrix.suite()[name], parallel, timeout=240)
     assert not any(wrong for _, wrong in answers), "\n".join(sorted({line for _, wrong in answers for line in wrong}))
 
 
 def test_the_selection_covers_every_pair() -> None:
-    run = [(name, *cell) for name, few in matrix.selection().items() for cell in few]
-    every = [(name, *cell) for name in matrix.LAYOUTS for cell in matrix.allowed(name)]
+    run = [(name, *cell) for name, few in matrix.suite().items() for cell in few]
+    every = [(name, *cell) for name in matrix.suite() for cell in matrix.allowed(name)]
     assert {name(f) for f in LAYOUTS if f} <= set(matrix.LAYOUTS)
     for a, b in combinations(range(4), 2):
         assert {(c[a], c[b]) for c in run} == {(c[a], c[b]) for c in every}
