@@ -52,6 +52,7 @@ class Train:
     deterministic: bool | None = None                  # absent: on the CPU yes, on GPUs no
     recompute: Literal["none", "channel", "token", "both"] = "none"    # sublayers computed again in the backward pass
     compile: bool = False           # torch.compile of the mixers
+    graph: bool = False             # start a pass as one CUDA graph: where the host is slower than its GPUs
     clip: From0 = 1.0               # global gradient norm; 0: no clipping
     max_skipped: Count = 10         # non-finite steps in a row before the run stops
     eval_every: Natural = 0         # steps; 0: no evaluation
@@ -183,7 +184,8 @@ def derived(run: Run, world_size: int) -> Derived:
 
 def check(run: Run, world_size: int) -> None:
     """Raise ConfigError, one sentence with the way out, for what cannot run on `world_size` processes."""
-    for rule in (_device, _mesh, _heads, _tensor, _experts, _pregates, _sequence, _data, _batch, _pipeline, _schedule):
+    for rule in (_device, _mesh, _heads, _tensor, _experts, _pregates, _sequence, _data, _batch, _pipeline, _schedule,
+                 _graph):
         rule(run, world_size)
     support.refuse(run.model, run.parallel, world_size // (run.parallel.tp * run.parallel.pp))
 
@@ -351,3 +353,28 @@ def _schedule(run: Run, world: int) -> None:
     if o.decay_steps and o.schedule != "wsd":
         raise ConfigError(f'optimizer.decay_steps = {o.decay_steps} is for schedule = "wsd", but the schedule is '
                           f'"{o.schedule}"; drop decay_steps or change the schedule')
+
+
+def _graph(run: Run, world: int) -> None:
+    """A recorded pass cannot ask the host for anything, and keeps its weights where they were."""
+    p, train = run.parallel, run.train
+    if not train.graph:
+        return
+    dp, moe = world // (p.tp * p.pp), _moe(run)
+    way_out = "set train.graph = false"
+    if derived(run, world).device != "cuda":
+        raise ConfigError(f"train.graph = true records the work of a GPU, but this run is on the CPU; {way_out}")
+    if p.pp > 1:
+        raise ConfigError(f"train.graph = true records a pass from end to end, but parallel.pp = {p.pp}; {way_out} or "
+                          "parallel.pp = 1")
+    if p.ep > 1:
+        raise ConfigError(f"parallel.ep = {p.ep} reads on the host how many rows go where, which train.graph = true "
+                          f"cannot record; {way_out} or parallel.ep = 1")
+    if p.offload or (p.shard and (dp > 1 or (moe and p.tp > 1))):
+        raise ConfigError(f"train.graph = true with parallel.shard = true: FSDP moves weights while a pass runs, which "
+                          f"cannot be recorded; {way_out} or parallel.shard = false")
+    for path, channel in moe:
+        if channel.engine != "grouped" or train.dtype != "bf16":
+            raise ConfigError(f"{path}.engine = {channel.engine!r} with train.dtype = {train.dtype!r} counts on the "
+                              f"host, which train.graph = true cannot record; use \"grouped\" and \"bf16\", "
+                              f"or {way_out}")

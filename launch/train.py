@@ -91,7 +91,8 @@ class Trainer:
         if meta:
             checkpoint.refuse_mismatch({"data": meta["manifest"]}, {"data": self.loader.manifest_hash})
         self.parts = build(run.model, self.mesh, seed=run.train.seed, dtype=DTYPES[run.train.dtype],
-                           recompute=run.train.recompute, compiled=run.train.compile, seq=run.data.seq)
+                           recompute=run.train.recompute, compiled=run.train.compile, captured=run.train.graph,
+                           seq=run.data.seq)
         o = run.optimizer
         self.optimizer = Optimizer(self.parts, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay,
                                    clip=run.train.clip)

@@ -52,8 +52,10 @@ class Parts:
 
 @torch.inference_mode(False)         # weights are filled by threads, which would not know of it
 def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32, recompute: str = "none",
-          compiled: bool = False, seq: int = 4096) -> Parts:
+          compiled: bool = False, captured: bool = False, seq: int = 4096) -> Parts:
     """Weights of at least fp32, computing in `dtype`. recompute: none, token, channel or both.
+
+    captured: training passes are CUDA graphs, see graph.py.
 
     seq: tokens a row, by which the stages of a pipeline are balanced.
     """
@@ -72,7 +74,10 @@ def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch
     stages = [Stage(decoder) for decoder in decoders]
     sharded = {k: v for stage in stages for k, v in wrap(stage, stage.decoder, mesh, dtype).items()}
     decls = {k: v for decoder in decoders for k, v in declared(decoder).items()}
-    return Parts(mesh, decoders, Pipe(stages, mesh), Sums(decoders, mesh, sharded), decls, sharded)
+    pipe = Pipe(stages, mesh)
+    if captured:
+        pipe.capture()
+    return Parts(mesh, decoders, pipe, Sums(decoders, mesh, sharded), decls, sharded)
 
 
 def _materialise(decoder: Decoder, mesh: Mesh, seed: int, dtype: torch.dtype) -> None:

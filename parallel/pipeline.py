@@ -22,6 +22,7 @@ from stepladder.model.context import Context
 from stepladder.model.decoder import Decoder
 from stepladder.model.residual import Ready, Stats, Stream
 from stepladder.ops.linear import Put, catch_up, put_off
+from stepladder.parallel.graph import Captured
 from stepladder.parallel.mesh import Mesh
 
 Schedule = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
@@ -139,6 +140,7 @@ class Pipe:
         self.schedules: dict[tuple[object, ...], Schedule] = {}
         self.clock: Clock | None = None
         self.later: list[Put] = []                 # weight gradients that the backward under way has put off
+        self.captured: Captured | None = None
 
     def __call__(self, micros: Sequence[Micro], train: bool = True) -> Result:
         """Forward, and backward if `train`. Gradients are left unreduced but for FSDP's own."""
@@ -156,12 +158,29 @@ class Pipe:
 
     def _alone(self, micros: Sequence[Micro], train: bool) -> Tensor:
         total = torch.zeros((), device=self.mesh.device)
-        for m in micros:
-            (loss,) = self.stages[0](m.tokens, targets=m.targets, start=m.start, borders=m.borders)
-            if train:
-                loss.sum().backward()
-            total = total + loss.detach().sum()
+        for i, m in enumerate(micros):
+            if train and self.captured is not None:
+                loss, nll, *stats = self.captured(m, first=i == 0)
+                self.stages[0].passes.append((nll, tuple(Stats(*stats[n:n + 3]) for n in range(0, len(stats), 3))))
+            else:
+                loss = self._one(m, train)
+            total = total + loss
         return total
+
+    def _one(self, m: Micro, train: bool) -> Tensor:
+        (loss,) = self.stages[0](m.tokens, targets=m.targets, start=m.start, borders=m.borders)
+        if train:
+            loss.sum().backward()
+        return loss.detach().sum()
+
+    def capture(self) -> None:
+        """Record the training passes of micro-batches as CUDA graphs from now on."""
+        def run(inputs: Micro) -> tuple[Tensor, ...]:
+            loss = self._one(inputs, train=True)
+            nll, stats = self.stages[0].passes.pop()
+            return loss, nll, *chain.from_iterable(stats)
+        params = [p for p in self.stages[0].parameters() if p.requires_grad]
+        self.captured = Captured(run, params, self.mesh.device)
 
     def _pipelined(self, micros: Sequence[Micro], train: bool) -> Tensor:
         schedule = self._schedule(micros, train)
@@ -205,7 +224,6 @@ class Pipe:
                      output_args=_boundary(stage.decoder, mesh, m, span.stop))
         out.pipe = self
         return out
-
 
     def _weights(self) -> Callable[[], None]:
         """What the backward that has just run left to do: torch asks for it then, and calls it when there is time."""

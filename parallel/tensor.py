@@ -90,7 +90,9 @@ class Ranks:
         return v
 
     def _track(self, work: dist.Work | None, kind: str) -> dist.Work | None:
-        return watch.track(work, kind, self.lanes.where) if work is not None else None
+        if work is None or (self.lanes.side is not None and torch.cuda.is_current_stream_capturing()):
+            return work                    # what is being recorded does not run
+        return watch.track(work, kind, self.lanes.where)
 
 
 def copy(x: Tensor) -> Started:
@@ -193,4 +195,5 @@ class Gathering(NamedTuple):
     comm: OwnTokens
 
     def wait(self) -> Tensor:
+        self.comm.lanes.where = self.comm.name
         return self.comm.lanes.start(self.y.wait(), self.comm.collect, self.comm.spread).wait()

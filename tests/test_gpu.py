@@ -209,3 +209,23 @@ def test_a_non_finite_step_changes_nothing() -> None:
     report = optimizer.step(result, 1e-3)
     assert float(report.skipped) == float(report.streak) == 1
     assert all(torch.equal(before[name], w) for name, w in p.parameters().items())
+
+
+def test_a_recorded_pass_equals_one_that_the_host_starts() -> None:
+    """Losses, statistics and gradients over three micro-batches of two shapes, and the steps made of them."""
+    def run(**kw: Any) -> list[torch.Tensor]:
+        p = parts(dtype=torch.bfloat16, compiled=True, **kw)
+        optimizer, out = Optimizer(p), []
+        for i in range(3):
+            result = p.pipe([batch(i), batch(i + 10), batch(i + 20, rows=2)])
+            p.sums()
+            report = optimizer.step(result, 1e-3)
+            out += [result.loss, result.nll, *(s.load for s in result.stats), report.norm]
+        return out + [w.detach().clone() for w in p.parameters().values()]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        for a, b in zip(run(captured=True), run(), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,144 @@
+"""When collectives start and when they are awaited: what ladder hides under, forward and backward, without a GPU."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ranks
+import tiny
+import torch
+
+from stepladder.model.decoder import blocks
+from stepladder.parallel import flight
+from stepladder.parallel.build import build
+from stepladder.parallel.flight import Lanes, Started
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.support import Parallel
+
+CPU = torch.device("cpu")
+
+
+def order(rank: int, n: int, wiring: str, layout: Parallel, lowered: bool, channel: str,
+          recompute: str = "none") -> tuple[list[str], list[str]]:
+    """What this rank did in a pass over two layers, forward and backward: "+2" a collective of sublayer 2's input or
+    output was started, "-2" it was awaited, "2" its mixer ran."""
+    parts = build(tiny.config("attention0", channel, wiring, layers=2), Mesh(layout, CPU, rank, n), seed=0,
+                  dtype=torch.float64, recompute=recompute)
+    log: list[str] = []
+    number = {f"blocks.{i}.{name}": str(2 * i + j) for i in range(2) for j, name in enumerate(("token", "channel"))}
+    start, land = flight._Flight.start, flight._Flight.land
+
+    def say(self: Any, what: str) -> None:
+        if isinstance(self.under_way[2], torch.distributed.Work) and self.where in number:
+            log.append(what + number[self.where])
+
+    def started(self: Any, trip: Any, x: torch.Tensor) -> None:
+        start(self, trip, x)
+        say(self, "+")
+
+    def landed(self: Any) -> torch.Tensor:
+        say(self, "-")
+        return land(self)
+
+    flight._Flight.start, flight._Flight.land = started, landed
+    if not lowered:
+        sublayer = Lanes.sublayer
+        Lanes.sublayer = lambda self, name: (sublayer(self, name), setattr(self, "low", 2**62))
+    for i, block in enumerate(blocks(parts.decoder)):
+        for j, mixer in enumerate((block.token, block.channel)):
+            mixer.register_full_backward_pre_hook(lambda *_, k=2 * i + j: log.append(f"{k}"))
+            mixer.register_forward_hook(lambda *_, k=2 * i + j: log.append(f"{k}"))
+    forward: list[str] = []
+    finish = parts.decoder.finish
+
+    def split(*args: Any) -> Any:
+        forward.extend(log)
+        log.clear()
+        return finish(*args)
+    parts.decoder.finish = split
+    parts.pipe([tiny.micro(2, 16)])
+    return forward, log
+
+
+TP, SP = Parallel(tp=2), Parallel(tp=2, sequence=True)
+
+
+def both(wiring: str, layout: Parallel = TP, lowered: bool = True, channel: str = "swiglu0") -> tuple[str, str]:
+    forward, backward = ranks.run(2, order, wiring, layout, lowered, channel)[0]
+    return " ".join(forward), " ".join(backward)
+
+
+def test_standard_wiring_awaits_every_sum_before_it_reads() -> None:
+    assert both("standard") == ("0 +0 -0 1 +1 -1 2 +2 -2 3 +3", "-3 3 +3 -3 2 +2 -2 1 +1 -1 0 +0 -0")
+
+
+def test_ladder_runs_a_mixer_between_a_sum_and_its_wait_in_both_directions() -> None:
+    forward, backward = both("ladder")
+    assert forward == "0 +0 1 +1 -0 2 +2 -1 3 +3"
+    assert backward == "-2 -3 3 +3 2 +2 -3 1 +1 -2 0 +0 -1 -0"       # 2 runs before 3's input gradient is awaited
+
+
+def test_left_to_autograd_the_wait_comes_first() -> None:
+    assert both("ladder", lowered=False)[1] == "-2 -3 3 +3 -3 2 +2 -2 1 +1 -1 0 +0 -0"
+
+
+def test_parallel_wiring_has_one_sum_a_block() -> None:
+    forward, backward = both("parallel")
+    assert forward == "0 1 +1 -1 2 3 +3"
+    assert backward == "-3 3 +3 2 +2 -3 -2 1 +1 0 +0 -1 -0"
+
+
+def test_ladder_under_sequence_parallel_scatters_while_a_mixer_runs() -> None:
+    """The gathers are called one after the other here; on a GPU they are beside the mixer called before them."""
+    forward, backward = both("ladder", SP)
+    assert forward == "+0 -0 0 +0 +1 -1 1 +1 -0 +2 -2 2 +2 -1 +3 -3 3 +3"
+    assert backward.removeprefix("-2 -3 +3 +2 -3 ") == "3 +3 -2 2 +2 -3 +1 -1 1 +1 -2 +0 -0 0 +0 -1 -0"
+
+
+def test_ladder_sends_rows_to_experts_behind_the_token_mixers_call_and_back_behind_the_next() -> None:
+    forward, backward = both("ladder", Parallel(ep=2, shard=False), channel="moe0")
+    assert forward == "0 +1 -1 1 +1 2 -1 +3 -3 3 +3"
+    assert backward == "-3 +3 -3 3 +3 2 -3 +1 -1 1 +1 0 -1"
+
+
+def test_recomputed_sublayers_keep_the_order_of_their_collectives() -> None:
+    said = ranks.run(2, order, "ladder", TP, True, "swiglu0", "both")[0][1]
+    assert " ".join(x for x in said if x[0] in "+-") == "-2 -3 +3 +2 -3 +1 -2 +0 -1 -0"
+
+
+def there_and_back(x: torch.Tensor) -> torch.Tensor:
+    lanes = Lanes(CPU)
+    go, back = (lambda t: Started(t * 3, finish=lambda y: y.flatten())), lambda g: Started(g.view(2, 3) * 5)
+    return lanes.start(x, go, back).wait()
+
+
+def test_a_flight_may_change_shape_and_its_gradient_comes_by_the_way_back() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    y = there_and_back(x)
+    assert torch.equal(y, torch.full((6,), 3.0))
+    y.backward(torch.arange(6.0))
+    assert x.grad is not None
+    assert torch.equal(x.grad, 5 * torch.arange(6.0).view(2, 3))
+
+
+def test_a_flight_lands_once() -> None:
+    pending = Lanes(CPU).start(torch.ones(2), lambda t: Started(t), lambda g: Started(g))
+    pending.wait()
+    with pytest.raises(AssertionError):
+        pending.wait()
+
+
+def test_private_set_sequence_nr_moves_a_node_back() -> None:
+    """torch.autograd.graph.Node._set_sequence_nr, _sequence_nr and torch._C._autograd._get_sequence_nr."""
+    before = torch._C._autograd._get_sequence_nr()  # pyright: ignore
+    x = torch.ones(1, requires_grad=True)
+    late, early = x * 2, x * 3
+    assert late.grad_fn is not None
+    assert early.grad_fn is not None
+    assert [y.grad_fn._sequence_nr() for y in (late, early)] == [before, before + 1]  # pyright: ignore
+    ran: list[str] = []
+    late.grad_fn.register_prehook(lambda g: ran.append("late"))
+    early.grad_fn.register_prehook(lambda g: ran.append("early"))
+    early.grad_fn._set_sequence_nr(before - 1)  # pyright: ignore
+    (late + early).backward()
+    assert ran == ["late", "early"]
