@@ -19,7 +19,7 @@ demo: .venv/done  ## prepare, train, kill, resume, split over four processes and
 test: .venv/done  ## the whole CPU suite
 	$(QUIET) $(BIN)/python -m pytest -m "not gpu"
 
-parity: .venv/done  ## every model of the parity matrix on every layout, and its table into the README: some ten minutes
+parity: .venv/done  ## every model of the parity matrix on every layout, and its table into the README: a quarter of an hour
 	PYTHONPATH=tests $(QUIET) $(BIN)/python tests/parity.py
 
 lint: .venv/done  ## ruff
