@@ -17,6 +17,7 @@ from stepladder.model.decoder import skeleton
 from stepladder.parallel.build import Parts, build
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.pipeline import Result
+from stepladder.parallel.shard import local
 from stepladder.parallel.support import LAYOUTS, Parallel
 
 EXACT = 1e-10
@@ -81,7 +82,8 @@ def errors(mesh: Mesh, cell: Cell, change: dict[str, int] | None = None,
     got = dict(zip(SUMS, sums, strict=True))
     for key, p in many.parameters().items():
         if p.requires_grad:
-            got[f"gradient of {key}"] = whole(many.label(key, torch.zeros_like(p) if p.grad is None else p.grad))
+            grad = local(torch.zeros_like(p) if p.grad is None else p.grad).to(mesh.device)      # it may be offloaded
+            got[f"gradient of {key}"] = whole(many.label(key, grad))
     return {what: _error(ours, want[what.removeprefix("gradient of ")]) for what, ours in got.items()}
 
 
