@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from stepladder.model.residual import Stats
 from stepladder.model.token.attention import angles, rotate
 from stepladder.ops import attention, experts, gla
 from stepladder.ops.attach import attach
@@ -286,6 +287,28 @@ def test_fused_adamw_divides_by_grad_scale_and_stands_still_on_found_inf() -> No
     assert torch.equal(stepped(3.0, 1.0), torch.ones(4))
 
 
+def test_private_pytree_reaches_into_named_tuples() -> None:
+    from torch.utils._pytree import tree_leaves, tree_map
+    stats = Stats(torch.ones(2), torch.zeros(()), torch.zeros(()))
+    assert [type(x) for x in tree_leaves((stats, None, [3]))] == [Tensor, Tensor, Tensor, type(None), int]
+    doubled = tree_map(lambda t: t * 2, stats)
+    assert isinstance(doubled, Stats)
+    assert torch.equal(doubled.load, torch.full((2,), 2.0))
+
+
+TESTED = {      # private names in use -> their test
+    "torch._foreach_div_": "test_torch_foreach_div_divides_every_tensor_by_one_on_the_device",
+    "torch._foreach_norm": "test_torch_foreach_norm_is_the_euclidean_norm_of_each",
+    "torch.utils._pytree.tree_leaves": "test_private_pytree_reaches_into_named_tuples",
+    "torch.utils._pytree.tree_map": "test_private_pytree_reaches_into_named_tuples",
+    "torch._C._autograd": "test_private_set_sequence_nr_moves_a_node_back",
+    "torch._C._autograd._get_sequence_nr": "test_private_set_sequence_nr_moves_a_node_back",
+    "torch.distributed._symmetric_memory": "test_private_symmetric_memory_carries_what_nccl_would",
+    "dist.distributed_c10d._get_default_store": "test__get_default_store_and__set_pg_timeout",
+    "dist.distributed_c10d._set_pg_timeout": "test__get_default_store_and__set_pg_timeout",
+}
+
+
 def test_no_other_private_torch_api_is_used() -> None:
     root, found = Path(__file__).parent.parent, set()
     folders = ("launch", "parallel", "model", "ops", "kernels", "data")
@@ -299,4 +322,7 @@ def test_no_other_private_torch_api_is_used() -> None:
                 case ast.Attribute():
                     found.add(ast.unparse(node))
     private = {name for name in found if re.fullmatch(r"(torch|dist)(\.\w+)*\._[a-z][\w.]*", name)}
-    assert private == {"torch._foreach_div_", "torch._foreach_norm"}
+    assert private == set(TESTED)
+    tests = "".join(f.read_text() for f in Path(__file__).parent.glob("test_*.py"))
+    for name, test in TESTED.items():
+        assert f"def {test}" in tests, name

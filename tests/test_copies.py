@@ -1,0 +1,55 @@
+"""parallel/copies.py against NCCL on every GPU there is."""
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from stepladder.parallel.copies import Copies
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+
+def compared(rank: int, n: int, rendezvous: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method=f"file://{rendezvous}", rank=rank, world_size=n, device_id=device)
+    copies, busy = Copies(dist.group.WORLD, device), torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)  # pyright: ignore
+    for i in range(60):                 # buffers are used again and again, while the front lane is busy
+        gen = torch.Generator(device).manual_seed(100 * i + rank)
+        y = torch.randn([(4096, 4096), (128, 64), (2, 256, 512)][i % 3], device=device, generator=gen).bfloat16()
+        every = [torch.empty_like(y) for _ in range(n)]
+        dist.all_gather(every, y)
+        whole, parts = torch.stack(every), y.view(n, -1)
+        wanted = whole.sum(0), whole, whole.view(n, n, -1)[:, rank].sum(0)
+        for call, x, want in zip((copies.add_up, copies.gather, copies.scatter), (y, y, parts), wanted, strict=True):
+            busy @ busy
+            got, done = call(x)
+            busy @ busy
+            done.wait()
+            assert torch.equal(got, want), f"{call.__name__} of {tuple(x.shape)}, call {i}"
+    y, graph = torch.empty(512, 4096, device=device), torch.cuda.CUDAGraph()
+    copies.add_up(y)
+    with torch.cuda.graph(graph):
+        got, done = copies.add_up(y)
+        done.wait()
+        got = got + 0
+    for _ in range(20):
+        y.normal_()
+        graph.replay()
+        want = y.clone()
+        dist.all_reduce(want)
+        torch.testing.assert_close(got, want)
+    torch.cuda.synchronize()
+    dist.barrier()
+    os._exit(0)                         # a communicator that a graph still holds cannot be taken down
+
+
+def test_private_symmetric_memory_carries_what_nccl_would() -> None:
+    n = torch.cuda.device_count()
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(compared, (n, f"{folder}/rendezvous"), nprocs=n)
