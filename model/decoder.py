@@ -48,6 +48,7 @@ class Block(nn.Module):
         self.recompute: tuple[bool, bool] = (False, False)
 
     def forward(self, s: Stream, ctx: Context, state: Any = None) -> Stream:
+        foreseen = self.channel.foresee(s.route)
         s, arrived = s.arrive(self.lag[0])
         h, y = _run(self.recompute[0], self.mix, s.h, arrived, ctx, state)
         s = s._replace(h=h)
@@ -55,7 +56,7 @@ class Block(nn.Module):
         if not joint:
             s = s.write(self.token_comm.leave(y))
         s, arrived = s.arrive(self.lag[1])
-        h, z, plan = _run(self.recompute[1], self.feed, s.h, arrived, s.route)
+        h, z, plan = _run(self.recompute[1], self.feed, s.h, arrived, s.route, foreseen)
         s = s._replace(h=h, route=plan.route, stats=s.stats if plan.stats is None else (*s.stats, plan.stats))
         return s.write(self.channel_comm.leave(self.channel.deliver(z, plan), also=y if joint else None))
 
@@ -66,10 +67,11 @@ class Block(nn.Module):
             return h, self.token_comm.work(self.token, x, ctx)
         return h, self.token_comm.work(self.token.step, x, state, ctx)
 
-    def feed(self, h: Tensor, arrived: tuple[Tensor, ...], route: tuple[Tensor, ...]) -> tuple[Tensor, Any, Plan]:
+    def feed(self, h: Tensor, arrived: tuple[Tensor, ...], route: tuple[Tensor, ...],
+             foreseen: Any) -> tuple[Tensor, Any, Plan]:
         h, x = self.norm2(h, *arrived)
         x = self.channel_comm.enter(x)
-        plan = self.channel.plan(x, route)
+        plan = self.channel.plan(x, route, foreseen)
         return h, self.channel_comm.work(self.channel, x, plan.way), plan
 
 

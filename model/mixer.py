@@ -49,7 +49,11 @@ class ChannelMixer(Leaf):
     """Mixes within a token. model/channel/<name>.py: Spec, Mixer, TINY; one line in registry.CHANNEL."""
     tokens: str = "all"    # "all": all tokens in, this rank's share out; "own": this rank's tokens in, whole rows out
 
-    def plan(self, x: Pending, route: tuple[Tensor, ...]) -> Plan:
+    def foresee(self, route: tuple[Tensor, ...]) -> Any:
+        """What router logits made ahead tell before the token mixer runs; plan() gets it back."""
+        return None
+
+    def plan(self, x: Pending, route: tuple[Tensor, ...], foreseen: Any = None) -> Plan:
         """Routing alone, and the rows' departure; dense mixers hand `route` on."""
         return Plan(route)
 

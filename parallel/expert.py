@@ -24,8 +24,11 @@ class Carry:
     def __init__(self, lanes: Lanes):
         self.lanes = lanes
 
-    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Pending, Tensor, Any]:
-        return self.lanes.carry(rows), counts, None
+    def announce(self, counts: Tensor) -> Tensor:
+        return counts
+
+    def dispatch(self, rows: Tensor, announced: Tensor) -> tuple[Pending, Tensor, Any]:
+        return self.lanes.carry(rows), announced, None
 
     def combine(self, rows: Tensor, back: Any) -> Pending:
         return self.carry(rows)
@@ -33,6 +36,13 @@ class Carry:
     def carry(self, y: Tensor) -> Pending:
         with self.lanes.front():
             return self.lanes.carry(y)
+
+
+class Announced(NamedTuple):
+    """How many rows will come from whom."""
+    arriving: Tensor       # (ranks, this rank's experts)
+    sums: Tensor           # (2, ranks) rows sent, rows received; on the host when `read` is over
+    read: Any              # an event
 
 
 class Back(NamedTuple):
@@ -59,13 +69,21 @@ class AllToAll:
         self.ranks, self.lanes = ranks, ranks.lanes
         self.carry = Carry(ranks.lanes).carry
 
-    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Pending, Tensor, Back]:
-        counts = counts.view(self.ranks.n, -1)                             # (rank, its experts)
+    def announce(self, counts: Tensor) -> Announced:
+        counts = counts.view(self.ranks.n, -1)                       # (rank, its experts)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.ranks.group())
-        # The one read of the device per MoE layer: uneven splits are host numbers. It waits for this lane alone.
-        send, receive = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
-        local = torch.arange(counts.shape[1], device=rows.device).repeat(self.ranks.n)
+        # The one read of the device per MoE layer, on its way while the host goes on: uneven splits are host numbers.
+        sums = torch.stack([counts.sum(1), arriving.sum(1)])
+        host = torch.empty_like(sums, device="cpu", pin_memory=sums.is_cuda).copy_(sums, non_blocking=True)
+        return Announced(arriving, host, torch.cuda.current_stream().record_event() if sums.is_cuda else None)
+
+    def dispatch(self, rows: Tensor, announced: Announced) -> tuple[Pending, Tensor, Back]:
+        arriving, sums, read = announced
+        if read is not None:
+            read.synchronize()
+        send, receive = sums.tolist()
+        local = torch.arange(arriving.shape[1], device=rows.device).repeat(self.ranks.n)
         order = local.repeat_interleave(arriving.flatten(), output_size=sum(receive)).argsort(stable=True)
         back = Back(order, experts.invert(order), send, receive)
         move = self.ranks.exchange

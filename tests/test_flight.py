@@ -11,6 +11,7 @@ import torch
 from stepladder.model.decoder import blocks
 from stepladder.parallel import flight
 from stepladder.parallel.build import build
+from stepladder.parallel.expert import AllToAll
 from stepladder.parallel.flight import Lanes, Started
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
@@ -99,6 +100,29 @@ def test_ladder_sends_rows_to_experts_behind_the_token_mixers_call_and_back_behi
     forward, backward = both("ladder", Parallel(ep=2, shard=False), channel="moe0")
     assert forward == "0 +1 -1 1 +1 2 -1 +3 -3 3 +3"
     assert backward == "-3 +3 -3 3 +3 2 -3 +1 -1 1 +1 0 -1"
+
+
+def counted(rank: int, n: int, channel: str, recompute: str) -> list[str]:
+    """When this rank read counts on the host ("read"), and when mixers ran, forward and backward."""
+    layout = Mesh(Parallel(ep=2, shard=False), CPU, rank, n)
+    parts = build(tiny.config("attention0", channel, "ladder", layers=2), layout,
+                  seed=0, dtype=torch.float64, recompute=recompute)
+    log: list[str] = []
+    announce = AllToAll.announce
+    AllToAll.announce = lambda self, counts: (log.append("read"), announce(self, counts))[1]
+    for i, block in enumerate(blocks(parts.decoder)):
+        for j, mixer in enumerate((block.token, block.channel)):
+            mixer.register_forward_hook(lambda *_, k=2 * i + j: log.append(f"{k}"))
+    parts.pipe([tiny.micro(2, 16)])
+    return log
+
+
+def test_counts_are_read_once_a_layer_and_pre_gated_ones_before_the_token_mixer_is_called() -> None:
+    """Then they have come when they are needed: the router that made them is a block back."""
+    assert ranks.run(2, counted, "moe0", "none")[0] == ["0", "read", "1", "2", "read", "3"]
+    assert ranks.run(2, counted, "moe1", "none")[0] == ["0", "read", "1", "read", "2", "3"]
+    # Recomputed, a pre-gated layer does not ask again; the first one, which gates itself, does.
+    assert ranks.run(2, counted, "moe1", "channel")[0] == ["0", "read", "1", "read", "2", "3", "3", "read", "1"]
 
 
 def test_recomputed_sublayers_keep_the_order_of_their_collectives() -> None:

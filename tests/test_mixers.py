@@ -16,6 +16,7 @@ from stepladder.model.channel.moe import Mixer as MoE
 from stepladder.model.config import ModelConfig
 from stepladder.model.context import Context, borders
 from stepladder.model.decoder import Block, Decoder, blocks
+from stepladder.model.residual import Ready
 from stepladder.ops.norm import rms_norm
 from stepladder.parallel.build import Parts, build
 from stepladder.parallel.mesh import Mesh
@@ -189,9 +190,10 @@ def sublayers(model: Decoder, ctx: Context) -> list[tuple[Sublayer, Sublayer]]:
     def channel(block: Block, h: Tensor) -> Tensor:
         nonlocal route
         x = rms_norm(h, block.norm2.scale)
-        plan = block.channel.plan(x, route)
+        plan = block.channel.plan(Ready(x), route)
         route = plan.route
-        return block.channel(x, plan)
+        y = block.channel.deliver(block.channel(x, plan.way), plan)
+        return y if isinstance(y, Tensor) else y.wait()
 
     return [(partial(token, b), partial(channel, b)) for b in blocks(model)]
 

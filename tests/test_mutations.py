@@ -182,8 +182,8 @@ def test_a_balance_loss_over_a_slice_of_the_sequence_is_seen() -> None:
 def experts_swapped() -> None:
     dispatch = AllToAll.dispatch
 
-    def mutated(self: AllToAll, rows: Tensor, counts: Tensor) -> Any:
-        arriving, counts, back = dispatch(self, rows, counts)
+    def mutated(self: AllToAll, rows: Tensor, announced: Any) -> Any:
+        arriving, counts, back = dispatch(self, rows, announced)
         return arriving, counts.flip(0), back
     AllToAll.dispatch = mutated
 

@@ -53,9 +53,12 @@ class Spec:
 class Exchange(Protocol):
     """Carries rows to the ranks that hold their experts, and back."""
 
-    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Pending, Tensor, Any]:
-        """rows (N, D) sorted by expert, counts (E,) -> the rows for this rank's experts, sorted, their counts, and
-        the way back."""
+    def announce(self, counts: Tensor) -> Any:
+        """Tell the others how many rows (E,) each expert will get; dispatch() wants what this returns."""
+        ...
+
+    def dispatch(self, rows: Tensor, announced: Any) -> tuple[Pending, Tensor, Any]:
+        """rows (N, D) sorted by expert -> the rows for this rank's experts, sorted, their counts, and the way back."""
         ...
 
     def combine(self, rows: Tensor, back: Any) -> Pending:
@@ -68,14 +71,27 @@ class Exchange(Protocol):
 
 
 class Here:
-    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Pending, Tensor, Any]:
-        return Ready(rows), counts, None
+    def announce(self, counts: Tensor) -> Tensor:
+        return counts
+
+    def dispatch(self, rows: Tensor, announced: Tensor) -> tuple[Pending, Tensor, Any]:
+        return Ready(rows), announced, None
 
     def combine(self, rows: Tensor, back: Any) -> Pending:
         return Ready(rows)
 
     def carry(self, y: Tensor) -> Pending:
         return Ready(y)
+
+
+class Foreseen(NamedTuple):
+    """What follows from the router alone. Pre-gated, it is known a block early: the host has read the counts before it
+    needs them, where it otherwise waits for the device."""
+    announced: Any         # of the exchange
+    stats: Stats
+    order: Tensor          # (B T k,) which token's choice each row to be sent is
+    inverse: Tensor        # (B T k,)
+    weights: Tensor        # (B T, k)
 
 
 class Way(NamedTuple):
@@ -159,16 +175,22 @@ class Mixer(ChannelMixer):
             self.weight("shared_gate", spec.shared, D, init=normal(cfg.std))
             self.weight("shared_down", D, spec.shared, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
-    def plan(self, x: Pending, route: tuple[Tensor, ...]) -> Plan:
+    def foresee(self, route: tuple[Tensor, ...]) -> Foreseen | None:
+        return self._foresee(route[0]) if route else None
+
+    def plan(self, x: Pending, route: tuple[Tensor, ...], foreseen: Foreseen | None = None) -> Plan:
         tokens = x.wait()
         logits, *later = (*route, *(router(tokens) for router in self.routers))
-        ids, weights, stats = self.choose(logits)
-        order = ids.flatten().argsort(stable=True)
-        inverse = experts.invert(order)
+        announced, stats, order, inverse, weights = foreseen or self._foresee(logits)
         rows = experts.permute(tokens.flatten(0, 1), order, inverse, self.spec.top_k)
-        counts = experts.count(ids.flatten(), self.spec.experts)
-        rows, counts, exchanged = self.experts.exchange.dispatch(rows, counts)
+        rows, counts, exchanged = self.experts.exchange.dispatch(rows, announced)
         return Plan(tuple(later), stats, Way(rows, counts), Back(exchanged, order, inverse, weights, tokens.shape))
+
+    def _foresee(self, logits: Tensor) -> Foreseen:
+        ids, weights, stats = self.choose(logits)
+        announced = self.experts.exchange.announce(experts.count(ids.flatten(), self.spec.experts))
+        order = ids.flatten().argsort(stable=True)
+        return Foreseen(announced, stats, order, experts.invert(order), weights)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Stats]:
         """logits (B, T, E) -> expert ids and weights (B T, k), and what the log wants to know."""

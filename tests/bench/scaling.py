@@ -55,8 +55,8 @@ class Stay(Carry):
         super().__init__(exchange.lanes)
         self.n = exchange.ranks.n
 
-    def dispatch(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[Any, torch.Tensor, Any]:
-        return self.lanes.carry(rows), counts.view(self.n, -1).sum(0), None
+    def dispatch(self, rows: torch.Tensor, announced: torch.Tensor) -> tuple[Any, torch.Tensor, Any]:
+        return self.lanes.carry(rows), announced.view(self.n, -1).sum(0), None
 
 
 def timed(step: Any, times: int, device: torch.device) -> list[float]:
