@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import gzip
 import json
 import os
 import sys
 import time
 from collections import defaultdict
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -129,8 +131,11 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=list(LAGS))
     parser.add_argument("--host", action="store_true", help="launch by the host instead of replaying a graph")
     parser.add_argument("--trace", help="write a profile of one pass of rank 0 to this file; SIDE becomes the side")
+    parser.add_argument("--draw", nargs="+", help="no run: draw these traces, the last name being the picture's")
     parser.add_argument("--label", default="")
     args = parser.parse_args()
+    if args.draw:
+        return draw(args.draw[:-1], args.draw[-1])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
@@ -187,6 +192,34 @@ def report(args: argparse.Namespace, n: int, size: int, took: dict[str, list[tup
         print(f"  hidden: forward {parts[0]:.0%}, backward {parts[1]:.0%}, both {both:.0%}; "
               f"ladder/standard {ratio:.3f}", flush=True)
     print(json.dumps({"tp": size, "sp": args.sequence, "tokens": n, "label": args.label, "ms": ms}), flush=True)
+
+
+def draw(traces: list[str], out: str, window: float = 4.0) -> None:
+    """A picture of `window` ms of each trace, in the middle of its forward and of its backward."""
+    from matplotlib import pyplot as plt
+
+    kinds = {"communication": ("nccl", "Memcpy PtoP", "barrier", "memcpy128", "reduce_kernel"),
+             "norms and sums": ("rms_norm",), "mixers": ("",)}
+    colors = dict(zip(kinds, ("tab:red", "tab:orange", "tab:blue"), strict=True))
+    figure, axes = plt.subplots(len(traces), 2, figsize=(16, 1.9 * len(traces)), squeeze=False)
+    for row, path in zip(axes, traces, strict=True):
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt") as f:
+            events = [e for e in json.load(f)["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy")]
+        began = min(e["ts"] for e in events)
+        length = max(e["ts"] + e["dur"] for e in events) - began
+        for axis, at, name in zip(row, (0.17, 0.68), ("forward", "backward"), strict=True):
+            for e in events:
+                left = (e["ts"] - began - at * length) / 1e3
+                if -0.5 < left < window:
+                    kind = next(k for k, words in kinds.items() if any(w in e["name"] for w in words))
+                    axis.broken_barh([(left, e["dur"] / 1e3)], (list(kinds).index(kind) + 0.1, 0.8),
+                                     color=colors[kind], edgecolor="white", linewidth=0.4)
+            axis.set(xlim=(0, window), ylim=(0, len(kinds)), yticks=[i + 0.5 for i in range(len(kinds))],
+                     yticklabels=list(kinds), xlabel="ms")
+            side = Path(path).name.split(".")[0].rpartition("-")[2]
+            axis.set_title(f"{side}, {name} (whole pass {length / 1e3:.1f} ms)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
 
 
 def trace(path: str, rank: int, run: Any) -> None:
