@@ -184,8 +184,8 @@ def derived(run: Run, world_size: int) -> Derived:
 
 def check(run: Run, world_size: int) -> None:
     """Raise ConfigError, one sentence with the way out, for what cannot run on `world_size` processes."""
-    for rule in (_device, _mesh, _heads, _tensor, _experts, _pregates, _sequence, _data, _batch, _pipeline, _schedule,
-                 _graph):
+    for rule in (_device, _mesh, _heads, _tensor, _copies, _experts, _pregates, _sequence, _data, _batch, _pipeline,
+                 _schedule, _graph):
         rule(run, world_size)
     support.refuse(run.model, run.parallel, world_size // (run.parallel.tp * run.parallel.pp))
 
@@ -243,6 +243,15 @@ def _tensor(run: Run, world: int) -> None:
             raise ConfigError(f"{path}.token.kv_heads = {kv}, parallel.tp = {tp}: neither divides the other; {lower}")
         if not _is_moe(block):            # experts are never split over tp
             _divides(f"{path}.channel.hidden", getattr(block.channel, "hidden", 0), "parallel.tp", tp, lower)
+
+
+def _copies(run: Run, world: int) -> None:
+    p, way_out = run.parallel, "set parallel.copies = false"
+    if p.copies and p.tp == 1:
+        raise ConfigError(f"parallel.copies = true moves the sums of tensor parallelism, but parallel.tp = 1; "
+                          f"{way_out} or raise parallel.tp")
+    if p.copies and derived(run, world).device == "cpu":
+        raise ConfigError(f"parallel.copies = true copies from GPU to GPU, but this run is on the CPU; {way_out}")
 
 
 def _experts(run: Run, world: int) -> None:

@@ -219,6 +219,8 @@ TP2 = {"parallel.tp": 2}
     (2, {"parallel.pp": 2, "parallel.schedule": "zero-bubble", "train.compile": True},
      "train.compile = true computes both halves of a backward at once, which parallel.schedule = \"zero-bubble\""),
     (1, {"parallel.chunks": 4}, 'parallel.chunks = 4 is for schedule = "interleaved", but the schedule is "1f1b"; '),
+    (1, {"parallel.copies": True}, "parallel.copies = true moves the sums of tensor parallelism, but parallel.tp = 1"),
+    (2, TP2 | {"parallel.copies": True, "train.device": "cpu"}, "parallel.copies = true copies from GPU to GPU, but"),
     (1, {"parallel.sequence": True}, "parallel.sequence = true splits tokens over tp ranks, but parallel.tp = 1;"),
     (2, TP2 | DENSE | {"parallel.sequence": True, "data.seq": 63}, "data.seq = 63 is not divisible by parallel"),
     (1, {"data.seq": 256}, "data.seq = 256 is longer than model.blocks.full.token.max_length = 128; shorten"),
