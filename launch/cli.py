@@ -38,7 +38,10 @@ EXAMPLES = {
     "train": """\
   stepladder train run.toml
   stepladder train run.toml train.steps=100 optimizer.lr=1e-3 --folder runs/short
-  torchrun --nproc-per-node 8 -m stepladder.launch.cli train run.toml parallel.tp=2""",
+  torchrun --nproc-per-node 8 -m stepladder.launch.cli train run.toml parallel.tp=2
+  srun --nodes 2 --ntasks-per-node 8 stepladder train run.toml
+  mpiexec -n 8 stepladder train run.toml
+  deepspeed --module stepladder.launch.cli train run.toml""",
     "prepare": """\
   stepladder prepare books/ --train-tokenizer 8192 --out data/books
   stepladder prepare more.jsonl.zst --tokenizer data/books --out data/more""",
@@ -51,6 +54,9 @@ EXAMPLES = {
     "export": "  stepladder export runs/first first.safetensors",
     "plot": "  stepladder plot runs/first runs/second --out curves.png",
 }
+
+
+RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")    # of torchrun, two kinds of mpiexec, and srun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or not (ours or isinstance(error, ValueError | OSError | ImportError)):
             traceback.print_exc()
             return 2 if debug else 1
-        rank = os.environ.get("RANK", "0")    # every rank says its own; launch/world.py would bring torch
+        # Every rank says its own; launch/world.py, which knows better, would bring torch.
+        rank = next((os.environ[name] for name in RANK if name in os.environ), "0")
         print(f"stepladder{'' if rank == '0' else f' (rank {rank})'}: {_sentence(error)}", file=sys.stderr)
         return getattr(error, "exit", 2)
 
@@ -93,7 +100,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command = _parser(f"stepladder {name}", summary, commands.add_parser, name)
         flags(command)
         command.set_defaults(program=program)
-    args, rest = parser.parse_known_args(argv)
+    # DeepSpeed's launcher puts a flag of its own in front of every program's; launch/world.py reads its variables.
+    given = [text for text in (sys.argv[1:] if argv is None else argv) if not text.startswith("--local_rank=")]
+    args, rest = parser.parse_known_args(given)
     if args.command == "train":    # argparse takes no overrides after a flag: train run.toml --folder DIR train.steps=9
         args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in args.overrides]

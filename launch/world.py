@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -13,6 +17,12 @@ from stepladder.launch.config import Run
 # Bytes a second and GPU, of one 400 Gbit/s adapter each and of NVLink 4, one way: what the data sheets promise.
 BETWEEN_NODES, INSIDE_A_NODE = 50e9, 450e9
 H100 = 989e12                    # dense bf16 FLOP/s; assumed where the device is unknown
+NOBODY = "RANK and WORLD_SIZE"   # the launcher of processes whose variables no launcher signed
+MPI = {                          # rank, size, and those on this machine
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+                 "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,20 +33,30 @@ class World:
     local_rank: int = 0
     launcher: str = "alone"
     local_size: int = 0          # processes on this machine; 0: nobody told
+    node: int = 0                # number of this machine
+    address: str = ""            # host:port at which rank 0 waits for the others; empty: torch's own variables say it
+    attempt: int = 0             # how often the same job was started before
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     def device(self, kind: str) -> torch.device:
-        """This rank's device; ValueError if the machine has too few."""
+        """This rank's device; ValueError if the machine has too few, or GPUs that no process would use."""
         if kind == "cpu":
             return torch.device("cpu")
-        if self.local_rank >= torch.cuda.device_count():
+        gpus, index = torch.cuda.device_count(), self.local_rank
+        if self.launcher == "Slurm" and gpus == 1:           # --gpus-per-task=1 shows each task its own as number 0
+            index = 0
+        elif self.launcher == "Slurm" and gpus > self.local_size:
+            raise ValueError(f"Slurm started {_tasks(self.local_size)} on this machine, which shows {gpus} GPUs; start "
+                             f"one for each (srun --ntasks-per-node={gpus}), torchrun --nproc-per-node {gpus} in one "
+                             "task, or hide GPUs with CUDA_VISIBLE_DEVICES")
+        if index >= gpus:
             raise ValueError(f"rank {self.rank} is number {self.local_rank} on this machine, which has "
-                             f"{torch.cuda.device_count()} GPUs; start fewer processes here, or set train.device=cpu")
-        torch.cuda.set_device(self.local_rank)
-        return torch.device("cuda", self.local_rank)
+                             f"{gpus} GPUs; start fewer processes here, or set train.device=cpu")
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
 
     def meet(self) -> dist.Store | None:
         """The store through which ranks speak before any of them touches a GPU; none for one rank alone."""
@@ -44,7 +64,10 @@ class World:
             return None
         if dist.is_initialized():
             return dist.distributed_c10d._get_default_store()
-        return next(dist.rendezvous("env://", self.rank, self.size))[0]
+        where = f"tcp://{self.address}" if self.address else "env://"
+        store = next(dist.rendezvous(where, self.rank, self.size))[0]
+        # torchrun's store outlives a restart of its workers: what they said before must not be taken for an answer.
+        return dist.PrefixStore(f"attempt/{self.attempt}", store)
 
     def connect(self, device: torch.device, store: dist.Store | None, limit: timedelta) -> None:
         """Join the process group of all ranks; torch ends a collective that takes longer than `limit`."""
@@ -55,21 +78,109 @@ class World:
 
 
 def find() -> World:
-    """The world as torchrun describes it, or one process alone."""
+    """The world as a launcher describes it, or one process alone; ValueError where two descriptions contradict."""
     if dist.is_initialized():          # a test has made the group already
         return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), "given")
-    if "RANK" not in os.environ:
-        return World()
-    missing = [k for k in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    return told(os.environ)
+
+
+def told(env: Mapping[str, str]) -> World:
+    """The world that an environment describes."""
+    named, mpi, slurm = _named(env), _mpi(env), _slurm(env)
+    if named and named.launcher == NOBODY:      # set by hand, perhaps for all processes of a launcher that counts too
+        for other in filter(None, (mpi, slurm)):
+            if (other.rank, other.size) != (named.rank, named.size):
+                raise ValueError(f"RANK = {named.rank} and WORLD_SIZE = {named.size}, but {other.launcher} says rank "
+                                 f"{other.rank} of {other.size}; unset RANK and WORLD_SIZE")
+    if named:      # torchrun and DeepSpeed's launcher may well be started by Slurm or MPI, once a machine
+        return named
+    if mpi and not (slurm and (slurm.rank, slurm.size) == (mpi.rank, mpi.size)):
+        return replace(mpi, address=_mpi_address(mpi)) if mpi.size > 1 else mpi
+    if not slurm and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        raise ValueError(f"this is the batch script of a job of {env['SLURM_NTASKS']} tasks, and would train alone; "
+                         "put srun or torchrun before the command, or ask for --ntasks=1")
+    return slurm or World()
+
+
+def _named(env: Mapping[str, str]) -> World | None:
+    """torchrun, DeepSpeed's launcher, or whoever set RANK."""
+    if "RANK" not in env:
+        return None
+    missing = [k for k in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in env]
     if missing:
-        raise ValueError(f"RANK = {os.environ['RANK']} is set but {' and '.join(missing)} not; "
+        raise ValueError(f"RANK = {env['RANK']} is set but {' and '.join(missing)} not; "
                          "start with torchrun, or unset RANK to run alone")
-    told = {k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if k in os.environ}
+    told = {k: env[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if k in env}
     if not all(v.isdecimal() for v in told.values()) or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
         raise ValueError(f"{', '.join(f'{k} = {v}' for k, v in told.items())} name no process of a group; "
                          "start with torchrun, or unset RANK to run alone")
     rank, size, local = int(told["RANK"]), int(told["WORLD_SIZE"]), int(told.get("LOCAL_RANK", told["RANK"]))
-    return World(rank, size, local, "torchrun", int(told.get("LOCAL_WORLD_SIZE", 0)))
+    if "TORCHELASTIC_RUN_ID" in env:
+        return World(rank, size, local, "torchrun", int(told.get("LOCAL_WORLD_SIZE", 0)), int(env.get("GROUP_RANK", 0)),
+                     attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if "CROSS_SIZE" in env and "LOCAL_SIZE" in env:
+        return World(rank, size, local, "DeepSpeed's launcher", int(env["LOCAL_SIZE"]), int(env["CROSS_RANK"]))
+    return World(rank, size, local, NOBODY, int(told.get("LOCAL_WORLD_SIZE", 0)))
+
+
+def _slurm(env: Mapping[str, str]) -> World | None:
+    """A task of srun. The batch script itself is none: it has a SLURM_PROCID, but no step."""
+    if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
+        return None
+    node, nodes = int(env["SLURM_NODEID"]), int(env["SLURM_STEP_NUM_NODES"])
+    host = "127.0.0.1" if nodes == 1 else first_host(env["SLURM_STEP_NODELIST"])
+    attempt = int(env.get("SLURM_RESTART_COUNT", 0))
+    # Steps and jobs of one machine must not meet; ports from 32768 on are given to whoever asks.
+    port = 12000 + (7 * int(env["SLURM_JOB_ID"]) + 3 * int(env["SLURM_STEP_ID"]) + attempt) % 20000
+    return World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), "Slurm",
+                 _tasks_of(env["SLURM_STEP_TASKS_PER_NODE"])[node], node, f"{host}:{port}", attempt)
+
+
+def first_host(nodes: str) -> str:
+    """gpu[003-007,12],login -> gpu003: where Slurm puts rank 0. A prefix ends at the comma outside of brackets."""
+    head = re.match(r"(?:\[[^]]*\]|[^,[])+", nodes)
+    if head is None:
+        raise ValueError(f"SLURM_STEP_NODELIST = {nodes!r} names no host; start with torchrun instead")
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", head[0])
+
+
+def _tasks_of(spelled: str) -> list[int]:
+    """2(x3),1 -> 2, 2, 2, 1: tasks of each node."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", spelled)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def _tasks(n: int) -> str:
+    return f"{n} task{'s' * (n > 1)}"
+
+
+def _mpi(env: Mapping[str, str]) -> World | None:
+    """A process of mpiexec: Open MPI, or MPICH and what descends from it."""
+    for launcher, names in MPI.items():
+        if names[0] in env and names[1] in env:
+            rank, size, local, local_size = (int(env.get(name, default)) for name, default in
+                                             zip(names, ("0", "1", env[names[0]], "0"), strict=True))
+            return World(rank, size, local, launcher, local_size)
+    return None
+
+
+def _mpi_address(w: World) -> str:
+    """Where rank 0 waits: it chooses a free port, and MPI tells the others."""
+    try:
+        mpi = import_module("mpi4py.MPI")       # here: importing it starts MPI
+    except Exception as error:                  # missing: ImportError; of another MPI than mpiexec's: RuntimeError
+        raise ValueError(f"{w.launcher} started this, but package mpi4py does not load ({type(error).__name__}: {error}"
+                         "); pip install 'stepladder[mpi]' brings it, and torchrun does without") from None
+    world = mpi.COMM_WORLD
+    if world.size != w.size:
+        raise ValueError(f"{w.launcher} says {w.size} processes, but mpi4py {world.size}: it was made for another MPI; "
+                         "use the mpiexec of mpi4py's MPI, or torchrun")
+    address = ""
+    if w.main:
+        host = "127.0.0.1" if w.local_size == w.size else socket.gethostname()
+        with socket.create_server(("", 0)) as free:
+            address = f"{host}:{free.getsockname()[1]}"
+    return world.bcast(address)
 
 
 def slow_link(run: Run, w: World, flops: float, peak: float) -> str | None:

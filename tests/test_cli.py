@@ -158,3 +158,7 @@ def test_a_missing_run_file_is_one_sentence_from_the_real_program():
     done, _ = started("train", "nowhere.toml")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "stepladder: nowhere.toml: No such file or directory\n"
+
+
+def test_the_flag_that_deepspeeds_launcher_adds_is_passed_over():
+    assert cli.parse(["--local_rank=1", "train", "run.toml", "train.steps=3"]).overrides == ["train.steps=3"]

@@ -1,0 +1,145 @@
+"""launch/world.py: every launcher describes the same world, and contradictions are refused in a sentence."""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import types
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stepladder.launch import world
+from stepladder.launch.world import World, first_host, told
+
+RANKS = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
+# As srun, torchrun, DeepSpeed's launcher and mpiexec set them: rank 3 of 4, number 1 on the second machine.
+TORCHRUN = {**RANKS, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "7",
+            "TORCHELASTIC_RESTART_COUNT": "2"}
+DEEPSPEED = {**RANKS, "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
+BATCH = {"SLURM_JOB_ID": "70", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "2"}
+SRUN = {**BATCH, "SLURM_STEP_ID": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+        "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_RESTART_COUNT": "1"}
+ALONE = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1",
+         "SLURM_STEP_TASKS_PER_NODE": "1"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+@pytest.fixture
+def mpi(monkeypatch: pytest.MonkeyPatch):
+    """mpi4py in a world of so many processes, whose rank 0 waits at n1:1."""
+    def size(n: int) -> None:
+        comm = types.SimpleNamespace(size=n, bcast=lambda address: address or "n1:1")
+        monkeypatch.setattr(world, "import_module", lambda name: types.SimpleNamespace(COMM_WORLD=comm))
+    return size
+
+
+@pytest.mark.parametrize(("env", "want"), [
+    ({}, World()),
+    (TORCHRUN, World(3, 4, 1, "torchrun", 2, 1, attempt=2)),
+    (TORCHRUN | ALONE, World(3, 4, 1, "torchrun", 2, 1, attempt=2)),          # srun started an agent a machine
+    (TORCHRUN | BATCH | {"SLURM_NTASKS": "4"}, World(3, 4, 1, "torchrun", 2, 1, attempt=2)),
+    (DEEPSPEED, World(3, 4, 1, "DeepSpeed's launcher", 2, 1)),
+    (SRUN, World(3, 4, 1, "Slurm", 2, 1, "n1:12506", 1)),
+    (SRUN | RANKS, World(3, 4, 3, "RANK and WORLD_SIZE")),                     # a wrapper that exports what Slurm says
+    (SRUN | MPICH, World(3, 4, 1, "Slurm", 2, 1, "n1:12506", 1)),              # srun --mpi=pmi2: no need of mpi4py
+    (BATCH | {"SLURM_NTASKS": "1"}, World()),
+    (OPEN_MPI, World(3, 4, 1, "Open MPI", 2, 0, "n1:1")),
+    (MPICH | ALONE, World(3, 4, 1, "MPICH", 2, 0, "n1:1")),                    # mpiexec starts its helpers by srun
+])
+def test_every_launcher_tells_the_same_world(mpi, env: dict[str, str], want: World):
+    mpi(4)
+    assert told(env) == want
+
+
+@pytest.mark.parametrize(("env", "sentence"), [
+    ({"RANK": "0"}, "RANK = 0 is set but WORLD_SIZE and MASTER_ADDR and MASTER_PORT not; start with torchrun"),
+    (SRUN | RANKS | {"RANK": "0"}, "RANK = 0 and WORLD_SIZE = 4, but Slurm says rank 3 of 4; unset RANK"),
+    (SRUN | RANKS | {"WORLD_SIZE": "8"}, "RANK = 3 and WORLD_SIZE = 8, but Slurm says rank 3 of 4; unset RANK"),
+    (OPEN_MPI | RANKS | {"RANK": "0"}, "RANK = 0 and WORLD_SIZE = 4, but Open MPI says rank 3 of 4; unset RANK"),
+    (BATCH | {"SLURM_NTASKS": "4"}, "this is the batch script of a job of 4 tasks, and would train alone; put srun"),
+    (OPEN_MPI, "Open MPI says 4 processes, but mpi4py 1: it was made for another MPI; use the mpiexec of mpi4py's"),
+    (SRUN | {"SLURM_STEP_NODELIST": "[1-2"}, "SLURM_STEP_NODELIST = '[1-2' names no host; start with torchrun"),
+])
+def test_contradictions_are_refused(mpi, env: dict[str, str], sentence: str):
+    mpi(1)
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        told(env)
+
+
+def test_mpiexec_without_mpi4py_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", None)
+    with pytest.raises(ValueError, match=r"MPICH started this, but package mpi4py does not load .*stepladder\[mpi\]"):
+        told(MPICH)
+
+
+@pytest.mark.parametrize(("nodes", "first"), [
+    ("n1", "n1"), ("n[1-2]", "n1"), ("gpu[003-007,12],login", "gpu003"), ("b,a[1-2]", "b"),
+    ("r[2,4]n[07-9]-ib,x", "r2n07-ib"),
+])
+def test_rank_0_is_on_the_first_host_of_the_list(nodes: str, first: str):
+    assert first_host(nodes) == first
+
+
+def test_jobs_steps_and_restarts_of_one_machine_do_not_meet():
+    changed = [SRUN, SRUN | {"SLURM_JOB_ID": "71"}, SRUN | {"SLURM_STEP_ID": "6"}, SRUN | {"SLURM_RESTART_COUNT": "2"}]
+    assert len({told(env).address for env in changed}) == len(changed)
+
+
+@pytest.mark.parametrize(("gpus", "local", "index"), [(1, 2, 0), (2, 2, 1)])
+def test_a_task_of_slurm_finds_its_gpu_whether_it_sees_all_or_one(monkeypatch, gpus: int, local: int, index: int):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: None)
+    assert World(1, 2, 1, "Slurm", local).device("cuda") == torch.device("cuda", index)
+
+
+def test_gpus_that_no_task_would_use_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(ValueError, match=r"Slurm started 1 task on this machine, which shows 8 GPUs; start one"):
+        World(0, 1, 0, "Slurm", 1).device("cuda")
+    assert World(0, 1, 0, "Slurm", 1).device("cpu") == torch.device("cpu")
+
+
+def test_a_restarted_job_hears_nothing_of_what_was_said_before(monkeypatch: pytest.MonkeyPatch):
+    """The store of torchrun outlives its workers."""
+    outlives = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_: iter([(outlives,)]))
+    first, second = (World(0, 2, attempt=attempt).meet() for attempt in (0, 1))
+    assert first is not None
+    assert second is not None
+    first.set("verdict", "")
+    assert first.check(["verdict"])
+    second.set_timeout(timedelta(seconds=1))
+    assert not second.check(["verdict"])
+
+
+def test_a_run_starts_under_torchrun_and_goes_on_after_its_restart(tmp_path: Path):
+    """Rank 1 dies in the first attempt, when both have met."""
+    program = tmp_path / "program.py"
+    program.write_text("""
+import datetime, os
+import torch
+from stepladder.launch import world
+w = world.find()
+store = w.meet()
+store.set(str(w.rank), "here")
+store.wait(["0", "1"], datetime.timedelta(seconds=20))
+w.connect(torch.device("cpu"), store, datetime.timedelta(seconds=20))
+if w.attempt == 0 and w.rank == 1:
+    os._exit(1)
+torch.distributed.all_reduce(total := torch.ones(()))
+print(f"{w.launcher} {w.rank}/{w.size} node {w.node} attempt {w.attempt} sum {total:g}", flush=True)
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         "--monitor-interval", "0.1", str(program)], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"torchrun {r}/2 node 0 attempt 1 sum 2" for r in range(2)]
