@@ -256,9 +256,9 @@ class _Crew:
 
 
 def _work(connection: Connection, feeds: list[Feed], share: Share, states: dict[str, State]) -> None:
-    # The whole process group gets Ctrl-C and a scheduler's SIGTERM; the parent decides what they mean.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The whole process group gets Ctrl-C and a scheduler's TERM and USR1; the parent decides what they mean.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     try:
         for part in read(feeds, share, states):
             connection.send(part)

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import resource
-import signal
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from stepladder.data import loader as data
 from stepladder.launch import agree, config, timeline, world
+from stepladder.launch.events import Events, Stop
 from stepladder.launch.log import Log
 from stepladder.model.context import borders
 from stepladder.model.decoder import flops, parameters
@@ -66,8 +66,9 @@ class Trainer:
     """A run on this rank: everything that lives from the first step to the last."""
 
     def __init__(self, run: config.Run, folder: Path, w: world.World, mesh: Mesh, meeting: dist.Store | None,
-                 resume: str):
+                 resume: str, events: Events):
         self.run, self.folder, self.world, self.mesh, self.meeting = run, folder, w, mesh, meeting
+        self.events, self.stop, self.stopped = events, Stop(), ""
         self.plan, self.device = config.derived(run, w.size), mesh.device
         _numerics(self.plan, run.train.dtype)
         self.store = Store(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every,
@@ -100,11 +101,12 @@ class Trainer:
         if start is not None:
             self.store.load(start, self.optimizer.state())
             self.optimizer.loaded()
+        self.skipped = int(self.optimizer.skipped)           # steps, as far as events.jsonl knows
         self.log = Log(self.folder, main=self.world.main, total_steps=run.train.steps, step=self.at,
                        every=run.train.log_every)
         self.flops = 3 * flops(run.model, run.data.seq)
         self.peak = _peak(self.device) * self.world.size
-        self.stop, self.clock = _Stop(), _Clock()
+        self.clock = _Clock()
         self.header: dict[str, Any] = {"mesh": repr(self.mesh)}      # of the first record
         self._introduce(start)
 
@@ -142,6 +144,8 @@ class Trainer:
         self._tell(f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them for each token, "
                    f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
+        self.events.add("resume" if start else "start", step=self.at, ranks=self.world.size,
+                        launcher=self.world.launcher, attempt=self.world.attempt)
         if self.at >= self.run.train.steps:
             self._tell(f"the run is finished: train.steps = {self.run.train.steps}; raise it to go on")
 
@@ -162,7 +166,7 @@ class Trainer:
             self.cursor = batches[-1].cursor
             self.tokens += self.run.data.batch_tokens
             lr = lr_at(self.at, self.run.optimizer, t.steps)
-            report = train_step(self.parts, self.optimizer, batches, lr, self.stop.asked)
+            report = train_step(self.parts, self.optimizer, batches, lr, bool(self.stop.asked))
             for mark in marks:
                 mark()
             late = _Late(self.at, self.tokens, lr, report, self.loader.waited)
@@ -182,6 +186,8 @@ class Trainer:
                         self.save()
                 self.clock.start(self.loader.waited)         # the next step's time is its own
             if stop:
+                self.stopped = self.stop.asked or "a signal to another rank"
+                self.events.add("signal", signal=self.stopped, step=self.at)
                 break
         with watch.rest():
             self.store.finish()
@@ -226,6 +232,9 @@ class Trainer:
         if self.loader.skipped:
             record["skipped_shards"] = self.loader.skipped
         self.log.step(record)
+        if int(r.skipped) > self.skipped:
+            self.skipped = int(r.skipped)
+            self.events.add("skip", step=late.step, skipped=self.skipped)
         if int(r.streak) >= self.run.train.max_skipped:
             raise TrainingError(f"{int(r.streak)} steps in a row had a gradient that is not finite, the last one step "
                                 f"{late.step}; the data then stood at {self.cursor}; resume from the last checkpoint "
@@ -265,21 +274,6 @@ class _Clock:
         took, wait = max(now - self.last, 1e-9), waited - self.waited
         self.last, self.waited = now, waited
         return took, wait
-
-
-class _Stop:
-    """TERM, USR1 and Ctrl-C ask for a checkpoint and an end; every rank learns it with the next report."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            with contextlib.suppress(ValueError):          # not in the main thread: a test
-                signal.signal(number, self._ask)
-
-    def _ask(self, number: int, _: object) -> None:
-        self.asked = True
-        if number == signal.SIGINT:                        # the second one ends the program at once
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _numerics(plan: config.Derived, dtype: str) -> None:
@@ -332,18 +326,20 @@ def run(args: argparse.Namespace) -> int:
     if w.main:
         _claim(folder)
     device, minutes = w.device(config.derived(chosen, w.size).device), chosen.train.collective_minutes
-    with Lock(folder) if w.main else contextlib.nullcontext():
+    events = Events(folder, w.main)
+    with Lock(folder) if w.main else contextlib.nullcontext(), events.faults():
         store = w.meet()
         if store is not None:
             flags = {"--folder": str(folder), "--resume": args.resume, "--steps-now": args.steps_now,
                      "--timeline": args.timeline, "the kind of device": device.type}
             agree.on_the_run(store, w.rank, w.size, config.dump(chosen), flags, max(minutes, agree.START))
+        events.goes_on("cut off")                            # what is true if no better word follows
         patience = timedelta(minutes=minutes + 2)            # torch's own limit: the watchdog speaks first, in words
         w.connect(device, store, patience)
         mesh = Mesh(chosen.parallel, device, w.rank, w.size, patience)
         with contextlib.nullcontext() if store is None else watch.over(mesh, store, 60 * minutes):
             with watch.rest():                               # no step is under way: a slow disk or build is no hang
-                trainer = Trainer(chosen, folder, w, mesh, store, args.resume)
+                trainer = Trainer(chosen, folder, w, mesh, store, args.resume, events)
             kept = _train(args, trainer)
     if dist.is_initialized() and w.launcher != "given":
         dist.destroy_process_group()
@@ -366,6 +362,7 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
         assert trainer.log is not None
         trainer.log.close()
     kept = trainer.store.saved == trainer.at
+    trainer.events.end(trainer.at, kept, trainer.stopped if trainer.at < trainer.run.train.steps else "")
     if main:
         print(f"step {trainer.at} of {trainer.run.train.steps}, {trainer.tokens:,} tokens, "
               f"{time.perf_counter() - began:.0f} s; {folder}"
@@ -379,5 +376,5 @@ def _claim(folder: Path) -> None:
         raise ValueError(f"{folder} is a file; give a folder with --folder")
     folder.mkdir(parents=True, exist_ok=True)
     found = {f.name for f in folder.iterdir()}
-    if found and not found & {".lock", "checkpoints", "metrics.jsonl"}:
+    if found and not found & {".lock", "checkpoints", "metrics.jsonl", "slurm"}:
         raise ValueError(f"{folder} holds {min(found)!r} and no run; give a new or empty folder with --folder")

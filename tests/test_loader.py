@@ -183,8 +183,9 @@ def test_a_killed_worker_is_an_error_that_names_it(made):
     ahead = loader(made, workers=2, prefetch=1)
     next(ahead)
     victim = next(p for p in multiprocessing.active_children() if p.name == "data worker 1")
-    os.kill(victim.pid, signal.SIGTERM)
-    next(ahead)  # a scheduler's SIGTERM is the parent's business
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(victim.pid, number)
+        next(ahead)  # a scheduler's signals are the parent's business
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match=rf"data worker 1 \(process {victim.pid}\) was killed by signal 9"):
         list(ahead)

@@ -1,0 +1,91 @@
+"""What befell a run: RUN/events.jsonl, the marker RUN/unfinished, and the signals that ask it to stop.
+
+The marker stands for as long as the run should be started again: from its first step until it is finished, stopped by
+--steps-now, or failed by something that would fail again. A process that is killed has no time to leave one, so it is
+there beforehand; whoever restarts jobs looks at it, not at exit codes, which launchers make up.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stepladder.parallel.watch import LostRank
+
+FILE, MARKER = "events.jsonl", "unfinished"
+
+
+class Events:
+    """The events of one run, for every rank to call; only the `main` one writes."""
+
+    def __init__(self, run: Path, main: bool) -> None:
+        self.file, self.marker, self.main = run / FILE, run / MARKER, main
+
+    def add(self, event: str, **facts: Any) -> None:
+        """One line: start, resume, signal, skip, fault or end, and what is known about it."""
+        if self.main:
+            with contextlib.suppress(OSError):        # a full disk costs a line, never the run
+                with open(self.file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n")
+
+    def goes_on(self, why: str) -> None:
+        """Leave or renew the marker: from here on the run should be started again if it ends, for the reason `why`."""
+        if self.main:
+            with contextlib.suppress(OSError):
+                self.marker.write_text(f"{why}\n")
+
+    def end(self, step: int, saved: bool, stopped: str) -> None:
+        """The program comes to its end at `step`; `stopped` is the signal that asked for it."""
+        self.add("end", step=step, saved=saved, **({"signal": stopped} if stopped else {}))
+        if stopped or not saved:
+            self.goes_on(f"stopped by {stopped} at step {step}" if stopped else f"step {step} was not saved")
+        else:
+            self.over()
+
+    def over(self) -> None:
+        """Take the marker away: starting the run again would do nothing, or fail again."""
+        if self.main:
+            self.marker.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def faults(self) -> Iterator[None]:
+        """Record what ends the run within."""
+        try:
+            yield
+        except BaseException as error:
+            self.add("fault", error=f"{error or type(error).__name__}")
+            ours = isinstance(error, ValueError) or type(error).__module__.startswith("stepladder.")
+            if ours and not isinstance(error, LostRank):
+                self.over()
+            raise
+
+
+class Stop:
+    """TERM, USR1 and Ctrl-C ask for a checkpoint and an end; every rank learns it with the next report.
+
+    Any of them may come several times, to one rank or to all: launchers pass on what Slurm sends to everyone anyway.
+    """
+
+    def __init__(self) -> None:
+        self.asked = ""                                        # the signal's name
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            with contextlib.suppress(ValueError):              # not in the main thread: a test
+                signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: object) -> None:
+        self.asked = self.asked or signal.Signals(number).name
+        if number == signal.SIGINT:                            # the second one ends the program at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The events of a run folder; a line that a killed run did not finish is left out."""
+    found = []
+    for line in (run / FILE).read_text(encoding="utf-8").splitlines() if (run / FILE).exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found

@@ -1,0 +1,105 @@
+"""What befalls a run is in events.jsonl, and RUN/unfinished stands exactly while it should be started again."""
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ranks
+from test_resume import EVERY, STEPS, folder, records, train  # noqa: F401  the fixture: shards and run.toml
+
+from stepladder.launch import events
+from stepladder.parallel.optimizer import Optimizer, Report
+from stepladder.parallel.watch import LostRank
+
+
+def at_step(n: int, do: Callable[[], object]) -> None:
+    """Let this process do something in the middle of step n."""
+    update = Optimizer.step
+
+    def step(self: Optimizer, *args: object, **kw: object) -> Report:
+        if int(self.steps) == n - 1:
+            do()
+        return update(self, *args, **kw)  # pyright: ignore[reportArgumentType]
+
+    Optimizer.step = step  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def signalled(rank: int, n: int, config: Path, run: Path, to: int, numbers: list[int]) -> int:
+    """Trains; rank `to` gets the signals in step 2."""
+    if rank == to:
+        at_step(2, lambda: [os.kill(os.getpid(), number) for number in numbers])
+    return train(config, run)
+
+
+def resumed(rank: int, n: int, config: Path, run: Path) -> int:
+    return train(config, run)
+
+
+@pytest.mark.parametrize(("to", "numbers", "name"), [
+    (0, [signal.SIGTERM, signal.SIGTERM], "SIGTERM"), (1, [signal.SIGUSR1], "a signal to another rank")])
+def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(folder, tmp_path, to, numbers, name):  # noqa: F811
+    run, config = tmp_path / "run", folder / "run0.toml"
+    assert ranks.run(2, signalled, config, run, to, numbers) == [0, 0]
+    assert (run / "unfinished").read_text() == f"stopped by {name} at step 3\n"      # agreed on with its report
+    assert ranks.run(2, resumed, config, run) == [0, 0]
+    assert not (run / "unfinished").exists()
+    assert list(records(run)) == list(range(1, STEPS + 1))
+    told = [(e["event"], e["step"], e.get("signal")) for e in events.read(run)]
+    assert told == [("start", 0, None), ("signal", 3, name), ("end", 3, name), ("resume", 3, None),
+                    ("end", STEPS, None)]
+    assert [e["ranks"] for e in events.read(run) if "ranks" in e] == [2, 2]
+
+
+def killed(rank: int, n: int, config: Path, run: Path) -> bool:
+    at_step(EVERY, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    return train(config, run) == 130 and (run / "unfinished").read_text() == "cut off\n"
+
+
+def failed(rank: int, n: int, config: Path, run: Path) -> bool:
+    return train(config, run, "optimizer.lr=1e30", "train.clip=0", "train.max_skipped=2") == 2
+
+
+def test_what_would_fail_again_takes_the_marker_away_and_what_cut_the_run_off_leaves_it(folder, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    assert ranks.run(1, killed, folder / "run0.toml", run) == [True]
+    assert (run / "unfinished").exists()
+    assert ranks.run(1, failed, folder / "run0.toml", run) == [True]
+    assert not (run / "unfinished").exists()
+    told = events.read(run)
+    assert [e["event"] for e in told] == ["start", "fault", "start", "skip", "skip", "fault"]
+    assert told[-1]["error"].startswith("2 steps in a row had a gradient that is not finite")
+
+
+@pytest.mark.parametrize(("error", "stands"), [
+    (LostRank("rank 0 lost the others"), True), (RuntimeError("CUDA error: uncorrectable ECC error"), True),
+    (ValueError("data.seq = 3 is odd; make it even"), False), (KeyboardInterrupt(), True)])
+def test_the_marker_outlives_what_a_new_start_may_mend(tmp_path: Path, error: BaseException, stands: bool):
+    told = events.Events(tmp_path, main=True)
+    told.goes_on("cut off")
+    with pytest.raises(type(error)), told.faults():
+        raise error
+    assert (tmp_path / "unfinished").exists() is stands
+
+
+def test_other_ranks_write_nothing(tmp_path: Path):
+    told = events.Events(tmp_path, main=False)
+    told.add("start")
+    told.goes_on("cut off")
+    told.over()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_costs_no_more_than_the_line(tmp_path: Path):
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    (tmp_path / "unfinished").symlink_to("/dev/full")
+    told = events.Events(tmp_path, main=True)
+    told.add("start")
+    told.goes_on("cut off")
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path):
+    (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"event": "en')
+    assert events.read(tmp_path) == [{"event": "start"}]
