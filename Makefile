@@ -31,8 +31,12 @@ types: .venv/done  ## pyright
 gpu-test:  ## the tests that need a GPU, with $GPU_PYTHON (python3) as it is
 	$(BARE) -m pytest -m gpu $$(grep -l mark.gpu tests/*.py)
 
-bench:  ## the measurements of tests/bench, on a GPU machine, with $GPU_PYTHON as it is
+bench:  ## the measurements of tests/bench, on a GPU machine, with $GPU_PYTHON as it is; more with more GPUs
 	$(BARE) tests/bench/dense.py
+	@n=$$(nvidia-smi -L | wc -l); test $$n -eq 1 || { \
+	  for b in "ladder.py" "ladder.py --copies" "dtensor_tp.py" "pipeline.py" "nccl_parity.py"; do \
+	    $(BARE) -m torch.distributed.run --nproc-per-node $$n tests/bench/$$b || exit 1; done; \
+	  $(BARE) tests/bench/scaling.py; }
 
 clean:  ## remove what make made, but no runs
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -144,7 +144,8 @@ def main() -> None:
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for kind in ("ep", "fsdp"):
         for n in (n for n in (1, 2, 4) if n <= have):
-            done = subprocess.run(["torchrun", "--nproc-per-node", str(n), __file__, kind, *sys.argv[1:]],
+            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), __file__, kind,
+                                   *sys.argv[1:]],
                                   capture_output=True, text=True, timeout=120)
             lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
             if not lines:
