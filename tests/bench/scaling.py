@@ -1,6 +1,6 @@
 """Expert parallelism and FSDP over 1, 2, 4 GPUs: tokens/s, and how much of the communication is exposed.
 
-    python tests/bench/scaling.py                  # starts torchrun for each size that fits the machine
+    python tests/bench/scaling.py                  # starts itself under torchrun for each size that fits the machine
 
 ep:    a 64-expert top-4 model, its rows fixed a GPU; ladder and standard wiring, and both with the rows staying at home
        ("none": wrong experts, the floor). Hidden share = (standard - ladder) / (standard - none of standard).
@@ -144,9 +144,8 @@ def main() -> None:
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for kind in ("ep", "fsdp"):
         for n in (n for n in (1, 2, 4) if n <= have):
-            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), __file__, kind,
-                                   *sys.argv[1:]],
-                                  capture_output=True, text=True, timeout=120)
+            launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)]
+            done = subprocess.run([*launch, __file__, kind, *sys.argv[1:]], capture_output=True, text=True, timeout=120)
             lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
             if not lines:
                 print(f"{kind} on {n}: no result\n{done.stderr[-1500:]}", flush=True)
