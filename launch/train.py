@@ -359,6 +359,7 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
     finally:
         trainer.store.finish()                                # a save under way is not lost with the run
         trainer.loader.close()
+        trainer.parts.pipe.close()
         assert trainer.log is not None
         trainer.log.close()
     kept = trainer.store.saved == trainer.at

@@ -173,6 +173,10 @@ class Pipe:
             loss.sum().backward()
         return loss.detach().sum()
 
+    def close(self) -> None:
+        """Forget what was recorded: a communicator that a graph holds is never taken down."""
+        self.captured = None
+
     def capture(self) -> None:
         """Record the training passes of micro-batches as CUDA graphs from now on."""
         def run(inputs: Micro) -> tuple[Tensor, ...]:
