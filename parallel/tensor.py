@@ -141,6 +141,7 @@ class TensorComm:
             return mixer(x.wait(), *args)
 
     def leave(self, y: Tensor | Pending, also: Tensor | None = None) -> Pending:
+        self.lanes.where = self.name
         with self.lanes.front():
             y = y if isinstance(y, Tensor) else y.wait()
             return self.lanes.start(y if also is None else y + also, self.collect, self.spread)

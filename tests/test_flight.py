@@ -1,6 +1,7 @@
 """When collectives start and when they are awaited: what ladder hides under, forward and backward, without a GPU."""
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import tiny
 import torch
 
 from stepladder.model.decoder import blocks
-from stepladder.parallel import flight
+from stepladder.parallel import flight, tensor
 from stepladder.parallel.build import build
 from stepladder.parallel.expert import AllToAll
 from stepladder.parallel.flight import Lanes, Started
@@ -129,6 +130,26 @@ def test_counts_are_read_once_a_layer_and_pre_gated_ones_before_the_token_mixer_
 def test_recomputed_sublayers_keep_the_order_of_their_collectives() -> None:
     said = ranks.run(2, order, "ladder", TP, True, "swiglu0", "both")[0][1]
     assert " ".join(x for x in said if x[0] in "+-") == "-2 -3 +3 +2 -3 +1 -2 +0 -1 -0"
+
+
+def told(rank: int, n: int, layout: Parallel, channel: str) -> list[tuple[str, str]]:
+    parts = build(tiny.config("attention0", channel, "ladder", layers=2), Mesh(layout, CPU, rank, n), seed=0,
+                  dtype=torch.float64)
+    log: list[tuple[str, str]] = []
+    tensor.watch = SimpleNamespace(track=lambda work, kind, where: (log.append((kind, where)), work)[1])
+    parts.pipe([tiny.micro(2, 16)])
+    return log
+
+
+def test_the_watchdog_is_told_kind_and_sublayer_of_every_collective() -> None:
+    sublayers = [f"blocks.{i}.{name}" for i in range(2) for name in ("token", "channel")]
+    log = ranks.run(2, told, TP, "swiglu0")[0]
+    assert [log.count(("all-reduce", name)) for name in ("embed", *sublayers, "head")] == [1, 2, 2, 2, 2, 1]
+    log = ranks.run(2, told, SP, "swiglu0")[0]
+    assert {(kind, log.count((kind, name))) for kind in ("all-gather", "reduce-scatter") for name in sublayers} == {
+        ("all-gather", 2), ("reduce-scatter", 2)}
+    log = ranks.run(2, told, Parallel(ep=2, shard=False), "moe0")[0]
+    assert [log.count(("all-to-all", name)) for name in sublayers] == [0, 4, 0, 4]     # there and back, twice
 
 
 def there_and_back(x: torch.Tensor) -> torch.Tensor:
