@@ -1,6 +1,7 @@
 """Parameters are declared once: whole shape, split and initial value stand on one line."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,23 @@ def normal(std: float) -> Init:
 
 def constant(value: float) -> Init:
     return lambda p, gen: p.fill_(value)
+
+
+def uniform(low: float, high: float) -> Init:
+    return lambda p, gen: p.uniform_(low, high, generator=gen)
+
+
+def rates(low: float, high: float) -> Init:
+    """Logarithms of decay rates that are uniform; above zero, of which there is no logarithm."""
+    return lambda p, gen: p.uniform_(low, high, generator=gen).clamp_min_(1e-4).log_()
+
+
+def time_steps(low: float = 1e-3, high: float = 1e-1) -> Init:
+    """Biases whose softplus is log-uniform: how far a recurrence moves on at a token (arXiv:2312.00752)."""
+    def init(p: Tensor, gen: torch.Generator) -> Tensor:
+        dt = p.uniform_(math.log(low), math.log(high), generator=gen).exp_()
+        return p.copy_(dt + torch.log(-torch.expm1(-dt)))          # the inverse of softplus
+    return init
 
 
 class Decl(NamedTuple):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from stepladder.model.context import Context
 from stepladder.model.leaf import Leaf
 from stepladder.model.residual import Pending, Stats
+
+S = TypeVar("S")
 
 
 class TokenMixer(Leaf):
@@ -35,6 +37,14 @@ class TokenMixer(Leaf):
     @abstractmethod
     def flops(self, T: int) -> int:
         """Forward FLOPs a token of mixing alone, mean over a row of T tokens; weight products come from the shapes."""
+
+
+def own(state: Any, kind: type[S]) -> S:
+    """The state, if it is of the mixer's kind."""
+    if not isinstance(state, kind):
+        its, ours = (c.__module__.rpartition(".")[2] for c in (type(state), kind))
+        raise ValueError(f"{ours} was given a state of {its}; give every layer what its own begin() made")
+    return state
 
 
 class Plan(NamedTuple):

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal
-from stepladder.model.mixer import TokenMixer
+from stepladder.model.mixer import TokenMixer, own
 from stepladder.ops import gla
 from stepladder.ops.linear import linear, promote
-from stepladder.ops.norm import rms_norm
+from stepladder.ops.norm import gated_norm
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Mixer(TokenMixer):
         return State(promote(like.new_empty(0)).new_zeros(batch, self.wq.shape[0] // K, K, V))
 
     def step(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        y, S = self.mix(x, state.S, ctx)
+        y, S = self.mix(x, own(state, State).S, ctx)
         state.S.copy_(S)
         return y
 
@@ -83,8 +83,8 @@ class Mixer(TokenMixer):
         g = (F.logsigmoid(g) / self.spec.tau).unflatten(-1, (-1, K))
         form = gla.recurrent if x.shape[1] == 1 else gla.chunked
         y, S = form(q * K**-0.5, k, v, g, ctx.start, S)
-        gate = F.silu(linear(x, self.out_gate)).unflatten(-1, (-1, V))
-        return linear((rms_norm(y, self.norm).to(x.dtype) * gate).flatten(2), self.wo), S
+        gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
+        return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), S
 
 
 TINY = [Spec(heads=4, key_dim=8, value_dim=16)]
