@@ -5,6 +5,8 @@ from types import ModuleType
 TOKEN = {
     "attention": "stepladder.model.token.attention",
     "gla": "stepladder.model.token.gla",
+    "gated_delta": "stepladder.model.token.gated_delta",
+    "deltanet": "stepladder.model.token.deltanet",
 }
 CHANNEL = {
     "swiglu": "stepladder.model.channel.swiglu",

@@ -15,7 +15,7 @@ README = Path(__file__).parents[1] / "README.md"
 MARKED = re.compile(r"(?<=<!-- stepladder parity -->\n).*?(?=\n<!-- end -->)", re.S)
 
 Cell = tuple[str, str, str]                            # token mixer, channel mixer, wiring
-TOKENS = [*tiny.TOKENS]                                # attention0 has 2 kv heads, attention1 has one and a window
+TOKENS = tiny.CROSSED                                  # attention0 has 2 kv heads, attention1 has one and a window
 CHANNELS = [*tiny.CHANNELS, "between"]                 # moe1 is pre-gated; "between": dense blocks between
 WIRINGS = [*tiny.LAGS, "mixed"]
 CELLS: list[Cell] = list(product(TOKENS, CHANNELS, WIRINGS))

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import tiny
@@ -19,7 +18,6 @@ from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
 
 T = 12
-CELLS = list(product(tiny.TOKENS, [*tiny.CHANNELS, "between"], [*tiny.LAGS, "mixed"]))
 
 
 def model(cfg: ModelConfig) -> Decoder:
@@ -39,7 +37,7 @@ def outputs(model: Decoder, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     return model.finish(model(tokens, Context.plain(tokens.shape[0], T)))[0], routed
 
 
-@pytest.mark.parametrize("cell", CELLS, ids="/".join)
+@pytest.mark.parametrize("cell", tiny.CELLS, ids="/".join)
 def test_a_token_changes_nothing_before_it_and_no_other_row(cell: tuple[str, str, str]) -> None:
     decoder, tokens = model(tiny.config(*cell)), tiny.micro(2, T).tokens
     before = outputs(decoder, tokens)

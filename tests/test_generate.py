@@ -25,7 +25,8 @@ from stepladder.parallel.support import Parallel
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [35], [8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 43]]
-CELLS = [*product(tiny.TOKENS, ["swiglu0", "moe0", "moe1"], ["standard", "ladder"]), ("every", "between", "mixed")]
+CELLS = [*product(tiny.CROSSED, ["swiglu0", "moe0", "moe1"], ["standard", "ladder"]), ("every", "between", "mixed"),
+         *((token, "moe1", "ladder") for token in tiny.TOKENS if token not in tiny.CROSSED)]
 
 
 def model(token: str = "every", channel: str = "between", lag: str = "mixed", layers: int = 4) -> Decoder:

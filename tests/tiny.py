@@ -1,6 +1,8 @@
 """Small models and batches for tests; every mixer's TINY, every wiring."""
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from stepladder.model.config import BlockConfig, ModelConfig
@@ -12,14 +14,22 @@ VOCAB, WIDTH = 48, 32
 TOKENS = {f"{k}{i}": spec for k in TOKEN for i, spec in enumerate(find(TOKEN, k).TINY)}
 CHANNELS = {f"{k}{i}": spec for k in CHANNEL for i, spec in enumerate(find(CHANNEL, k).TINY)}
 LAGS = {"standard": (0, 0), "parallel": (0, 1), "ladder": (1, 1)}
+# Token mixer, channel mixer, wiring. Attention and GLA meet everything; of the other recurrences, which know neither
+# channel mixers nor wirings, each meets two, and all of them together everything.
+CROSSED = [name for name in TOKENS if TOKENS[name].kind in ("attention", "gla")]
+EVERY_CHANNEL, EVERY_LAG = [*CHANNELS, "between"], [*LAGS, "mixed"]
+CELLS = [*product(CROSSED, EVERY_CHANNEL, EVERY_LAG), *(
+    (name, EVERY_CHANNEL[(i + j) % len(EVERY_CHANNEL)], EVERY_LAG[(i + 2 * j) % len(EVERY_LAG)])
+    for i, name in enumerate(name for name in TOKENS if name not in CROSSED) for j in (1, 2))]
 
 
 def config(token: str = "attention0", channel: str = "swiglu0", lag: str = "standard", layers: int = 4,
            **kw: object) -> ModelConfig:
-    """`channel` may be "between": dense blocks between pre-gated ones; `lag` may be "mixed"."""
+    """`token` may be "every", of which attention and GLA come first, or "others", which they are not among; `channel`
+    may be "between": dense blocks between pre-gated ones; `lag` may be "mixed"."""
     lags = list(LAGS.values()) if lag == "mixed" else [LAGS[lag]]
     channels = ["moe1", "swiglu0"] if channel == "between" else [channel]
-    tokens = list(TOKENS) if token == "every" else [token]
+    tokens = {"every": [*TOKENS], "others": [name for name in TOKENS if name not in CROSSED]}.get(token, [token])
     n = len(lags) * len(channels) * len(tokens)
     pick = lambda names, i: names[i % len(names)]
     blocks = {f"b{i}": BlockConfig(TOKENS[pick(tokens, i)], CHANNELS[pick(channels, i)], pick(lags, i))
