@@ -8,8 +8,6 @@ import pytest
 import tiny
 import torch
 
-from stepladder.data.loader import Batch
-from stepladder.launch.train import micro
 from stepladder.model.channel import moe
 from stepladder.model.config import BlockConfig, ModelConfig
 from stepladder.model.context import borders
@@ -103,7 +101,7 @@ def hybrid(layers: int = 4, dense: bool = False) -> ModelConfig:
 def batch(seed: int, rows: int = 4, length: int = 256) -> Micro:
     m = tiny.micro(rows, length, seed, every=60)
     assert m.start is not None
-    return micro(Batch(m.tokens, m.targets, m.start, {}), GPU)
+    return m._replace(borders=borders(m.start)).to(GPU)
 
 
 def parts(dense: bool = False, **kw: Any) -> Parts:
