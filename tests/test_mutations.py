@@ -19,7 +19,7 @@ from stepladder.model.channel import moe
 from stepladder.model.leaf import Decl
 from stepladder.model.residual import Pending, Ready, Stream
 from stepladder.model.token import attention
-from stepladder.parallel import labels, pipeline, shard, tensor
+from stepladder.parallel import flight, labels, pipeline, shard, tensor
 from stepladder.parallel.expert import AllToAll
 from stepladder.parallel.support import Parallel
 
@@ -237,6 +237,37 @@ def routes_swapped() -> None:
 
 def test_pre_gates_of_another_row_between_stages_are_seen() -> None:
     assert "loss" in differences(routes_swapped, ("attention0", "moe1", "ladder"), PP)
+
+
+# Flights
+
+def way_back_is_a_copy() -> None:
+    """The input gradient of every sublayer stays this rank's share."""
+    start = flight.Lanes.start
+
+    def mutated(self: Any, x: Tensor, go: Any, back: Any, late: bool = False) -> Pending:
+        return start(self, x, go, tensor.copy if late else back, late)
+    flight.Lanes.start = mutated
+
+
+def test_an_input_gradient_that_is_not_summed_is_seen() -> None:
+    seen = differences(way_back_is_a_copy, ("attention0", "swiglu0", "ladder"), TP)
+    assert NORMS - {"blocks.3.norm2.scale", "norm.scale"} <= seen
+
+
+def gradients_of_rows_stay() -> None:
+    """Rows travel to their experts, their gradients do not come back."""
+    start = flight.Lanes.start
+
+    def mutated(self: Any, x: Tensor, go: Any, back: Any, late: bool = False) -> Pending:
+        stay = lambda g: flight.Started(g.new_zeros(x.shape))
+        return start(self, x, go, stay if late and x.dim() == 2 else back, late)
+    flight.Lanes.start = mutated
+
+
+def test_gradients_of_dispatched_rows_that_do_not_come_back_are_seen() -> None:
+    seen = differences(gradients_of_rows_stay, ("attention0", "moe0", "ladder"), EP)
+    assert {f"blocks.{i}.norm2.scale" for i in range(4)} <= seen
 
 
 # A norm over a dimension that is split
