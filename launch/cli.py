@@ -23,6 +23,8 @@ data
 
 training
   train       train or resume a run from its TOML file
+  slurm       print or submit the job of a run
+  status      say where a run stands
   plot        draw the curves of runs
 
 models
@@ -51,6 +53,10 @@ EXAMPLES = {
     "generate": """\
   stepladder generate runs/first --prompt "It was" --prompt "Call me" --temperature 0.8 --top-p 0.95
   stepladder generate runs/first --prompt-file prompts.txt --tokens 500 --seed 7""",
+    "slurm": """\
+  stepladder slurm run.toml --nodes 4 --time 12:00:00
+  stepladder slurm run.toml parallel.tp=8 --nodes 4 --time 12:00:00 --folder runs/first --submit""",
+    "status": "  stepladder status runs/first",
     "export": "  stepladder export runs/first first.safetensors",
     "plot": "  stepladder plot runs/first runs/second --out curves.png",
 }
@@ -103,7 +109,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # DeepSpeed's launcher puts a flag of its own in front of every program's; launch/world.py reads its variables.
     given = [text for text in (sys.argv[1:] if argv is None else argv) if not text.startswith("--local_rank=")]
     args, rest = parser.parse_known_args(given)
-    if args.command == "train":    # argparse takes no overrides after a flag: train run.toml --folder DIR train.steps=9
+    if args.command in ("train", "slurm"):    # argparse takes no overrides after a flag: run.toml --folder DIR x.y=9
         args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in args.overrides]
     if rest:
@@ -142,11 +148,32 @@ def _support(args: argparse.Namespace) -> None:
     print(import_module("stepladder.parallel.support").markdown())
 
 
-def _train(p: argparse.ArgumentParser) -> None:
+def _run_file(p: argparse.ArgumentParser) -> None:
     p.add_argument("config", metavar="RUN.toml", help="the run; see examples/")
     p.add_argument("overrides", metavar="section.key=value", nargs="*", help="replace values of the file")
     p.add_argument("--folder", dest="run", metavar="DIR",
                    help="folder for checkpoints, metrics and logs (default: runs/NAME OF FILE)")
+
+
+def _slurm(p: argparse.ArgumentParser) -> None:
+    _run_file(p)
+    p.add_argument("--nodes", metavar="N", type=_count, default=1, help="(default: 1)")
+    p.add_argument("--time", metavar="LIMIT", default="24:00:00", help="of one job; restarts go on (default: 24:00:00)")
+    p.add_argument("--per-node", metavar="N", type=_count, default=8, help="processes, and GPUs, a node (default: 8)")
+    p.add_argument("--start", choices=("torchrun", "srun"), default="torchrun",
+                   help="one torchrun a node, or one Slurm task a process (default: torchrun)")
+    p.add_argument("--restarts", metavar="N", type=_count, default=20, help="at most so many (default: 20)")
+    p.add_argument("--partition", metavar="NAME", help="(default: the cluster's)")
+    p.add_argument("--account", metavar="NAME", help="(default: yours)")
+    p.add_argument("--submit", action="store_true", help="hand it to sbatch; logs go to DIR/slurm")
+
+
+def _status(p: argparse.ArgumentParser) -> None:
+    p.add_argument("run", metavar="RUN", help="run folder")
+
+
+def _train(p: argparse.ArgumentParser) -> None:
+    _run_file(p)
     p.add_argument("--resume", choices=("auto", "never", "must"), default="auto",
                    help="auto: from the newest checkpoint, if any; must: never start afresh (default: auto)")
     p.add_argument("--steps-now", metavar="N", type=_count, help="stop after N more steps, with a checkpoint")
@@ -215,6 +242,10 @@ COMMANDS = {
     "prepare": Command("Turn text into tokenised shards with a manifest; restartable.", _prepare, _program("prepare")),
     "inspect": Command("Count what is in shards, show documents, verify checksums.", _inspect, _program("inspect")),
     "train": Command("Train the run of a TOML file, or resume it; also under torchrun.", _train, _program("train")),
+    "slurm": Command("Print the Slurm job of a run, slurm/train.sbatch filled in, or submit it.", _slurm,
+                     _program("slurm")),
+    "status": Command("Say where a run stands: step, time left, restarts, last checkpoint, last error.", _status,
+                      _program("status")),
     "plot": Command("Draw loss, gradient norm, learning rate and speed as a PNG.", _plot, _program("plot")),
     "generate": Command("Continue prompts with a trained model, streaming.", _generate, _program("generate")),
     "export": Command("Write the newest checkpoint's weights as safetensors.", _export, _program("export")),

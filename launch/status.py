@@ -1,0 +1,86 @@
+"""stepladder status: where a run stands, from its folder alone, while it runs or afterwards."""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from stepladder.launch import events
+
+RECENT = 50                 # records, for the speed
+
+
+def run(args: argparse.Namespace) -> None:
+    """The program: `stepladder status`."""
+    folder = Path(args.run)
+    if not (folder / "config.toml").exists():
+        raise ValueError(f"{folder} holds no run: it has no config.toml; give what train had as --folder")
+    print("\n".join(f"{name:>12}  {text}" for name, text in said(folder, time.time()).items()))
+
+
+def said(folder: Path, now: float) -> dict[str, str]:
+    """What there is to say, by name."""
+    config = tomllib.loads((folder / "config.toml").read_text())
+    steps, tokens = config["train"]["steps"], config["data"]["batch_tokens"]
+    records, told = _records(folder / "metrics.jsonl"), events.read(folder)
+    at = records[-1]["step"] if records else 0
+    out = {"run": f"{folder}: {_state(folder, told)}", "step": f"{at} of {steps}", "tokens": f"{at * tokens:,}"}
+    if records:
+        out["step"] += f", {_ago(now - (folder / 'metrics.jsonl').stat().st_mtime)}"
+        if records[-1].get("loss") is not None:
+            out["loss"] = f"{records[-1]['loss']:.4f}"
+        speed = statistics.median(r["tokens_per_s"] for r in records)
+        out["speed"] = f"{speed:,.0f} tokens/s"
+        if at < steps:
+            out["left"] = _duration((steps - at) * tokens / speed)
+    starts = [e for e in told if e["event"] in ("start", "resume")]
+    if starts:
+        last = starts[-1]
+        out["started"] = f"{_ago(now - last['time'])}, on {last['ranks']} ranks told by {last['launcher']}"
+    out["restarts"] = str(sum(e["event"] == "resume" for e in told))
+    saved = sorted(f.name for f in folder.glob("checkpoints/step-????????"))
+    out["checkpoint"] = saved[-1] if saved else "none"
+    if faults := [e for e in told if e["event"] == "fault"]:
+        out["last error"] = f"{faults[-1]['error']} ({_ago(now - faults[-1]['time'])})"
+    return out
+
+
+def _state(folder: Path, told: list[dict[str, Any]]) -> str:
+    """By the marker and the last event; a process that was killed had no time for either."""
+    last, marker = told[-1]["event"] if told else "", folder / events.MARKER
+    if last == "fault":
+        return "failed; another start may mend it" if marker.exists() else "failed"
+    if not marker.exists():
+        return "finished" if last == "end" else "not begun"
+    return marker.read_text().strip() if last == "end" else "running, or cut off"
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The last whole records. A line is at most a few kilobytes."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - RECENT * 4096))
+        lines = file.read().split(b"\n")[:-1]
+    found = []
+    for line in lines[-RECENT:]:
+        try:
+            found.append(json.loads(line))
+        except ValueError:                 # the first may be half of one
+            continue
+    return found
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _ago(seconds: float) -> str:
+    return f"{_duration(max(0.0, seconds))} ago"

@@ -1,0 +1,135 @@
+"""Jobs on a real Slurm cluster: slurm/train.sbatch starts, stops and restarts runs as it says."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cluster
+import pytest
+
+from stepladder.launch import slurm
+
+# The repository's CI has a cluster; elsewhere these tests are skipped where there can be none.
+needs_slurm = pytest.mark.skipif(bool(cluster.missing()) and "CI" not in os.environ, reason=cluster.missing())
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
+    assert not cluster.missing()
+    with cluster.Cluster(tmp_path_factory.mktemp("slurm"), 2) as up:
+        yield up
+
+
+@pytest.fixture
+def job(nodes: cluster.Cluster, tmp_path: Path) -> Callable[..., str]:
+    """Submits train.sbatch with `program`, Bash, in place of stepladder: one task on each of two nodes."""
+    def submit(program: str, *options: str, **settings: str) -> str:
+        stepladder = tmp_path / "bin" / "stepladder"
+        stepladder.parent.mkdir()
+        stepladder.write_text(f"#!/bin/bash\ncd {tmp_path}/run; n=${{SLURM_RESTART_COUNT:-0}}\n{program}\n")
+        stepladder.chmod(0o755)
+        (tmp_path / "run.toml").touch()
+        script = tmp_path / "train.sbatch"
+        script.write_text(slurm.filled(slurm.TEMPLATE.read_text(), {"nodes": "2", "gpus-per-node": ""}, {
+            "PER_NODE": "1", "START": "srun", "FOLDER": f"{tmp_path}/run", "BIN": str(stepladder.parent), **settings}))
+        return nodes.submit(script, f"--output={tmp_path}/log", *options)
+    return submit
+
+
+UNFINISHED = "echo cut off >unfinished"
+SAVED = "mkdir -p checkpoints/step-0000000$n"
+
+
+@needs_slurm
+@pytest.mark.parametrize(("program", "restarts", "says"), [
+    ("exit 3", 0, "over, with code 3"),
+    (f"{UNFINISHED}; {SAVED}; [ $n = 1 ] && rm -f unfinished; exit 0", 1, "over, with code 0"),
+    (f"{UNFINISHED}; exit 70", 1, "not started again: no checkpoint since restart 1"),
+    (f"{UNFINISHED}; {SAVED}", 2, "not started again: it was restarted 2 times, and RESTARTS = 2"),
+], ids=["finished", "cut off once", "no progress", "cap"])
+def test_the_marker_decides_on_a_restart_and_the_exit_code_does_not(nodes, job, tmp_path, program, restarts, says):
+    number = job(program, RESTARTS="2")
+    nodes.wait(number, "FAILED" if "exit 3" in program or "exit 70" in program else "COMPLETED", 30)
+    assert nodes.job(number)["Restarts"] == str(restarts)
+    log = (tmp_path / "log").read_text()
+    assert says in log.splitlines()[-1]
+    assert log.count("requeued") == restarts
+    assert log.count("restart ") - log.count("since restart ") == restarts + 1         # one log of all starts
+
+
+# In Python, as stepladder is: a shell cannot listen to what it was started deaf to.
+LISTENS = f"""{UNFINISHED}; {SAVED}; exec {sys.executable} -S -c '
+import os, signal, sys, time
+name = f"{{sys.argv[1]}}-{{sys.argv[2]}}"
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda n, _: print(signal.Signals(n).name, file=open(f"got-{{name}}", "a"), flush=True))
+open(f"ready-{{name}}", "w")
+for _ in range(100):
+    time.sleep(0.1)
+    if os.path.exists(f"got-{{name}}"):
+        break
+time.sleep(0.5)
+if name == "1-0":
+    os.remove("unfinished")
+' $n $SLURM_PROCID"""
+
+
+@needs_slurm
+@pytest.mark.parametrize(("signal", "got"), [
+    (["--batch", "--signal=USR1"], "SIGUSR1"),     # what the time limit does
+    (["--signal=TERM"], "SIGTERM")], ids=["time limit", "TERM"])
+def test_a_signal_reaches_every_task_once_and_the_job_goes_on(nodes, job, tmp_path, signal, got):
+    number = job(LISTENS)
+    for restart in range(2):
+        nodes._wait("the tasks", lambda: len([*tmp_path.glob(f"run/ready-{restart}-*")]) == 2, 20)  # noqa: B023
+        nodes.call("scancel", *signal, number)
+        if restart == 0:
+            nodes.wait(number, "RUNNING", 20, restarts=1)
+    assert nodes.wait(number, "COMPLETED", 20)["Restarts"] == "1"
+    assert {f.name: f.read_text().split() for f in tmp_path.glob("run/got-*")} == {
+        f"got-{n}-{rank}": [got] for n in range(2) for rank in range(2)}
+
+
+@needs_slurm
+def test_a_cancelled_job_saves_and_stays_cancelled(nodes, job, tmp_path):
+    number = job(LISTENS)
+    nodes._wait("the tasks", lambda: len([*tmp_path.glob("run/ready-0-*")]) == 2, 20)
+    nodes.call("scancel", number)
+    assert nodes.wait(number, "CANCELLED", 20)["Restarts"] == "0"
+    nodes._wait("its last word", lambda: "cancelled, or preempted" in (tmp_path / "log").read_text(), 10)
+    assert sorted(f.name for f in tmp_path.glob("run/got-*")) == ["got-0-0", "got-0-1"]
+
+
+@needs_slurm
+@pytest.mark.parametrize("grace", [0, 5])
+def test_a_preempted_job_starts_again_with_and_without_grace(nodes, job, tmp_path, grace):
+    """With grace only the tasks are told: a job that then ends well would be over for Slurm."""
+    nodes.call("scontrol", "update", "partitionname=low", f"GraceTime={grace}")
+    number = job(LISTENS)
+    nodes._wait("the tasks", lambda: len([*tmp_path.glob("run/ready-0-*")]) == 2, 20)
+    nodes.call("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
+    nodes.wait(number, "RUNNING", 20, restarts=1)
+    nodes._wait("the tasks", lambda: len([*tmp_path.glob("run/ready-1-*")]) == 2, 20)
+    nodes.call("scancel", "--signal=USR1", number)
+    assert nodes.wait(number, "COMPLETED", 20)["Restarts"] == "1"
+    assert (tmp_path / "run" / "got-0-1").read_text().split()[0] == "SIGTERM"
+
+
+@needs_slurm
+def test_the_run_folder_says_what_ran_and_no_secrets(nodes, job, tmp_path, monkeypatch):
+    for name in ("SLURM_JOB_TOKEN", "NCCL_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "hush")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    nodes.wait(number := job("echo said $SLURM_PROCID", CODE=str(slurm.ROOT)), "COMPLETED", 20)
+    logs = tmp_path / "run" / "slurm" / f"{number}-0"
+    assert [(logs / f"rank-{r}.log").read_text() for r in range(2)] == ["said 0\n", "said 1\n"]
+    environment = (logs / "environment.txt").read_text()
+    assert "NCCL_SOCKET_IFNAME=eth0" in environment
+    assert f"SLURM_JOB_ID={number}" in environment
+    assert not [f for f in logs.iterdir() if "hush" in f.read_text()]
+    head = subprocess.run(["git", "-C", slurm.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert (logs / "commit.txt").read_text() == head
+    assert not any(f.stat().st_mode & 0o002 for f in (tmp_path / "run").rglob("*"))
