@@ -7,6 +7,9 @@ TOKEN = {
     "gla": "stepladder.model.token.gla",
     "gated_delta": "stepladder.model.token.gated_delta",
     "deltanet": "stepladder.model.token.deltanet",
+    "mamba2": "stepladder.model.token.mamba2",
+    "retention": "stepladder.model.token.retention",
+    "mamba": "stepladder.model.token.mamba",
 }
 CHANNEL = {
     "swiglu": "stepladder.model.channel.swiglu",

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepladder.model.config import BlockConfig, ModelConfig
 from stepladder.model.context import Context
 from stepladder.model.decoder import Decoder, flops, parameters
-from stepladder.ops import delta, gla
+from stepladder.ops import delta, gla, scan, ssd
 from stepladder.parallel.build import build
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.shard import local
@@ -55,6 +55,10 @@ OUTER: dict[str, Callable[[Any], int]] = {     # products of vectors by element:
         t, 2 * t.heads * t.key_dim + (t.value_heads or t.heads) * t.value_dim),
     "deltanet": lambda t: 2 * t.heads * t.key_dim * t.value_dim + convolved(
         t, t.heads * (2 * t.key_dim + t.value_dim)),
+    "mamba2": lambda t: 2 * t.heads * t.key_dim * t.value_dim + convolved(
+        t, t.heads * t.value_dim + 2 * t.groups * t.key_dim),
+    "retention": lambda t: 2 * t.heads * t.key_dim * t.value_dim,
+    "mamba": lambda t: 2 * t.inner * t.state + convolved(t, t.inner),
 }
 
 
@@ -64,7 +68,7 @@ OUTER: dict[str, Callable[[Any], int]] = {     # products of vectors by element:
 def test_flops_are_those_torch_counts(token: str, channel: str, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the counter's habits are corrected for: it counts masked products whole, and outer products not at all."""
     cfg = tiny.config(token, channel, "ladder", tied=channel == "moe0")
-    for op in (gla, delta):
+    for op in (gla, delta, ssd, scan):
         monkeypatch.setattr(op, "chunked", op.recurrent)              # the definition has no products but its own
     model = one_rank(cfg)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):        # fused kernels count as zero

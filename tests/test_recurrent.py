@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from stepladder.model.context import Context
 from stepladder.model.decoder import blocks
 from stepladder.model.registry import TOKEN, find
-from stepladder.ops import conv, delta, ssd
+from stepladder.ops import conv, delta, scan, ssd
 from stepladder.ops.norm import l2_norm
 from stepladder.parallel.build import build
 from stepladder.parallel.mesh import Mesh
@@ -201,6 +201,59 @@ def test_what_does_not_belong_together_is_refused(op: str, which: str, change: C
             form(*x)
 
 
+# Selective scan
+
+def scan_inputs(T: int, gate: str, start: str, dtype: torch.dtype = DOUBLE) -> tuple[Tensor, ...]:
+    """The steepest of four channels' three entries decays as the gates say."""
+    B, D, N = 2, 4, 3
+    q, k, v, h = (randn(*shape, seed=i) for i, shape in enumerate(((B, T, N), (B, T, N), (B, T, D), (B, D, N))))
+    dt, A = -GATES[gate](rand(B, T, D, seed=5)), -rand(D, N, seed=8)
+    return (*(z.to(dtype) for z in (q, k, v, dt, A)), STARTS[start](rand(B, T, seed=6)), h.to(dtype))
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("gate", GATES)
+def test_chunked_scan_equals_the_recurrence(gate: str, start: str) -> None:
+    for T, chunk in ((1, 0), (2, 4), (3, 1), (17, 0), (37, 4)):
+        agree(lambda *x, c=chunk: scan.chunked(*x, chunk=c), scan.recurrent, *scan_inputs(T, gate, start))
+
+
+def test_every_channel_of_a_scan_is_a_scalar_recurrence_of_its_entries() -> None:
+    """One entry of one channel is ssd with a head of one key and one value channel."""
+    q, k, v, dt, A, start, h = scan_inputs(9, "to -5", "anywhere")
+    want = torch.zeros_like(v)
+    for n in range(3):
+        one, write = torch.ones_like(v).unsqueeze(-1), (dt * v * k[..., n:n + 1]).unsqueeze(-1)
+        y, _ = ssd.recurrent(one, one, write, dt * A[:, n], start, h[..., n, None, None])
+        want += q[..., n:n + 1] * y.squeeze(-1)
+    close(scan.recurrent(q, k, v, dt, A, start, h)[0], want, 1e-12)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_scan_goes_on_where_it_stopped(start: str) -> None:
+    q, k, v, dt, A, begins, h = scan_inputs(30, "to -5", start)
+    want, end = scan.recurrent(q, k, v, dt, A, begins, h)
+    got = []
+    for a, b in pairwise((0, 1, 1, 18, 19, 30)):
+        y, h = scan.chunked(q[:, a:b], k[:, a:b], v[:, a:b], dt[:, a:b], A, begins[:, a:b], h)
+        got.append(y)
+    close(torch.cat(got, 1), want, 1e-10)
+    close(h, end, 1e-10)
+
+
+@pytest.mark.parametrize(("which", "change", "said"), [
+    (4, lambda z: -z, r"a rate is .* would grow"), (3, lambda z: z - 1, r"a step -.* would grow"),
+    (2, lambda z: z[:, :-1], r"values \(2, 6, 4\), steps \(2, 7, 4\)"), (5, lambda z: z[:, :-1], r"borders \(2, 6\)"),
+    (6, lambda z: z.mT, r"the state is \(2, 3, 4\), .* need \(2, 4, 3\)")])
+def test_what_does_not_belong_to_a_scan_is_refused(which: int, change: Callable[[Tensor], Tensor], said: str) -> None:
+    x = list(scan_inputs(7, "to -5", "anywhere"))
+    x[which] = change(x[which])
+    forms: tuple[Any, ...] = (scan.recurrent, scan.chunked)
+    for form in forms:
+        with pytest.raises(ValueError, match=said):
+            form(*x)
+
+
 # Mixers
 
 OTHERS = [name for name in tiny.TOKENS if name not in tiny.CROSSED]
@@ -234,7 +287,7 @@ def test_decays_stay_in_single_precision_and_out_of_weight_decay() -> None:
             found.add((tiny.TOKENS[token].kind, name))
             assert own.get_parameter(name).dtype == torch.float32
             assert len(own.decls[name].shape) == 1                   # the optimizer decays matrices alone
-    assert {("gated_delta", "A_log"), ("gated_delta", "dt_bias")} <= found
+    assert found == {(kind, name) for kind in ("gated_delta", "mamba2", "mamba") for name in ("A_log", "dt_bias")}
 
 
 @pytest.mark.parametrize("token", [t for t in OTHERS if "dt_bias" in mixer(t).decls])
