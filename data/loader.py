@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stepladder.data.fetch import DEFAULT, Limits
 from stepladder.data.pack import IGNORE as IGNORE
 from stepladder.data.pack import Feed, Share, State, fresh, read
 from stepladder.data.shards import Corpus
@@ -40,7 +41,7 @@ class Batch(NamedTuple):
 
 class Source(NamedTuple):
     name: str
-    shards: str  # folder, http(s) address or `pipe:` command of a prepared corpus
+    shards: str  # folder, http(s) address, `pipe:` command or fsspec address of a prepared corpus
     weight: float = 1.0
 
 
@@ -51,6 +52,7 @@ class Loader:
     heldout: share of the documents that split = "train" never yields and split = "heldout" does.
     workers: processes that read; 0 reads in a thread. prefetch: batches made ahead; 0 makes them when asked.
     on_error: "stop" raises ShardError, "skip" leaves unreadable blocks out and counts their shards in `skipped`.
+    limits: for sources that are no folders.
     vocab: of the model; a tokenizer with more ids is refused.
     Raises ValueError for what cannot work, before anything is read.
     """
@@ -72,12 +74,14 @@ class Loader:
         prefetch: int = 4,
         pin: bool = False,
         on_error: str = "stop",
+        limits: Limits = DEFAULT,
         vocab: int | None = None,
     ):
         _check(sources, seq, rows, lanes, dp_rank, dp_size, split, heldout, workers, prefetch, on_error)
         self.skipped = 0
         self.waited = 0.0
-        corpora = {source.name: Corpus(source.shards, keep=lanes // dp_size) for source in sources}
+        limits = limits._replace(seed=f"{seed} {dp_rank}")
+        corpora = {source.name: Corpus(source.shards, lanes // dp_size, limits) for source in sources}
         _check_corpora(corpora, vocab, sizes=on_error == "stop")
         self.manifest_hash = _hash(sources, corpora)
         self._corpus = corpora[sources[0].name]
@@ -100,7 +104,7 @@ class Loader:
         if prefetch:
             self._thread.start()
         # Also when the loader is dropped, and at exit before multiprocessing joins its children.
-        self._end = util.Finalize(self, _end, args=(stop, crew), exitpriority=10)
+        self._end = util.Finalize(self, _end, args=(stop, crew, [*corpora.values()]), exitpriority=10)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -210,8 +214,10 @@ def _fill(batches: Iterator, ahead: queue.Queue, stop: threading.Event) -> None:
         put(error)
 
 
-def _end(stop: threading.Event, crew: _Crew | None) -> None:
+def _end(stop: threading.Event, crew: _Crew | None, corpora: list[Corpus]) -> None:
     stop.set()
+    for corpus in corpora:
+        corpus.close()
     if crew:
         crew.kill()
 

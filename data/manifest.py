@@ -98,5 +98,9 @@ def parse(data: bytes, where: str) -> Manifest:
 def parse_shard(row: dict) -> Shard:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", row["file"]):  # it may become part of a shell command
         raise ValueError(f"manifest: shard file {row['file']!r} is not a plain file name")
+    if not re.fullmatch(r"[0-9a-f]{64}", row["sha256"]):  # it names a file of the cache
+        raise ValueError(f"manifest: shard {row['file']}: sha256 {row['sha256']!r} is not 64 hexadecimal digits")
     blocks = np.array(row["blocks"], np.int64).reshape(-1, 6)
+    if (blocks < 0).any():
+        raise ValueError(f"manifest: shard {row['file']}: a block lies at a negative number")
     return Shard(**{key: row[key] for key in Shard._fields if key != "blocks"}, blocks=blocks)

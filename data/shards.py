@@ -1,7 +1,7 @@
-"""Blocks out of tar shards: by offset from a local file, in one stream through webdataset's openers from anywhere else.
+"""Blocks out of tar shards, by offset: from a local file, or from one fetched whole into a cache or into memory.
 
-The only file that imports webdataset: its tar reading and its openers, never its sharding or decoding. Members are
-taken by exact name as raw bytes, so nothing else in an archive is unpickled, unpacked or written anywhere.
+The only file that imports webdataset: its tar reading, never its openers (see data/fetch.py), sharding or decoding.
+Members are taken by exact name as raw bytes, so nothing else in an archive is unpickled, unpacked or written anywhere.
 """
 
 from __future__ import annotations
@@ -9,33 +9,32 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import subprocess
 import tarfile
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
-from webdataset.gopen import gopen
 from webdataset.tariterators import tar_file_iterator
 
-from stepladder.data import manifest, tokenizer
-from stepladder.data.manifest import Columns, Manifest
-
-REMOTE = ("http://", "https://", "pipe:")
+from stepladder.data import fetch, manifest, tokenizer
+from stepladder.data.cache import Cache
+from stepladder.data.fetch import FetchError, Limits
+from stepladder.data.manifest import Columns, Manifest, Shard
 
 
 class ShardError(ValueError):
     """A shard that is missing, cut short or corrupt; `offset` is the byte in it where the unreadable block begins."""
 
-    def __init__(self, shard: str, offset: int, what: str):
-        super().__init__(shard, offset, what)
-        self.shard, self.offset, self.what = shard, offset, what
+    def __init__(self, shard: str, offset: int, what: str, way: str = "prepare or copy it again"):
+        super().__init__(shard, offset, what, way)
+        self.shard, self.offset, self.what, self.way = shard, offset, what, way
 
     def __str__(self) -> str:
-        return f"{self.shard}: {self.what} at byte {self.offset}; prepare or copy it again, or set on_error to skip"
+        return f"{self.shard}: {self.what} at byte {self.offset}; {self.way}, or set on_error to skip"
 
 
 class Block(NamedTuple):
@@ -44,17 +43,26 @@ class Block(NamedTuple):
 
 
 class Corpus:
-    """A prepared corpus: its manifest and its blocks, `base` being a folder, an http(s) URL or a `pipe:` command.
+    """A prepared corpus: its manifest and its blocks.
 
-    A `pipe:` command has the file's name put in the place of `{file}`, or after a slash at its end.
+    base: a folder, an http(s) address, a `pipe:` command or an address of an object store that fsspec knows. A file's
+    name is put in the place of `{file}`, or after a slash at its end.
+    keep: shards from elsewhere held open: as many as there are lanes reading.
     """
 
-    def __init__(self, base: str | Path, keep: int = 8):
+    def __init__(self, base: str | Path, keep: int = 8, limits: Limits = fetch.DEFAULT):
         self.base = str(base).removesuffix("/" + manifest.FILE).rstrip("/")
-        self.remote = self.base.startswith(REMOTE)
+        self.remote = fetch.Remote(self.base, limits) if fetch.elsewhere(self.base) else None
         self.manifest: Manifest = manifest.parse(self.fetch(manifest.FILE), self.url(manifest.FILE))
-        self.keep = keep  # streamed shards held in memory: as many as there are lanes reading
-        self._streamed: OrderedDict[int, tuple[dict[int, Block], str]] = OrderedDict()
+        self.keep = keep
+        self._held: OrderedDict[int, tuple[BinaryIO, str]] = OrderedDict()  # and why it is not whole, if it is not
+        self._cache: Cache | None = None
+        if self.remote and limits.cache:
+            self._cache = Cache(limits.cache, int(limits.cache_gib * 2**30))
+            largest = max(self.manifest.shards, key=lambda shard: shard.bytes)
+            if largest.bytes > self._cache.limit:
+                raise ValueError(f"data.cache_gib = {limits.cache_gib:g} is less than {self.url(largest.file)}, "
+                                 f"{largest.bytes / 2**30:.3g} GiB; raise it or drop data.cache")  # fmt: skip
 
     def url(self, file: str) -> str:
         return self.base.replace("{file}", file) if "{file}" in self.base else f"{self.base}/{file}"
@@ -63,13 +71,15 @@ class Corpus:
         """A whole small file of the corpus."""
         url = self.url(file)
         try:
-            if not self.remote:
-                return Path(url).read_bytes()
-            with gopen(url) as stream:
-                return stream.read()
-        except (OSError, subprocess.SubprocessError) as error:
+            return self.remote.fetch(url, b"".join) if self.remote else Path(url).read_bytes()
+        except OSError as error:
             way = "`stepladder prepare` makes such a folder" if not self.remote else "is the address right?"
             raise ValueError(f"{url}: cannot be read ({error}); {way}") from None
+
+    def close(self) -> None:
+        """Ends a fetch that another thread waits for."""
+        if self.remote:
+            self.remote.closed = True
 
     def tokenizer(self) -> tokenizer.Tokenizer:
         found = tokenizer.parse(self.fetch(tokenizer.FILE), self.url(tokenizer.FILE))
@@ -94,57 +104,75 @@ class Corpus:
 
     def read(self, shard: int, block: int) -> Block:
         """One block, its checksum verified. Raises ShardError."""
-        if not self.remote:
-            return self._local(shard, block)
-        # A lane reads the blocks of one shard before the next shard's, so a shard is streamed about once an epoch.
-        if shard not in self._streamed:
-            self._streamed[shard] = self._stream(shard)
-        self._streamed.move_to_end(shard)
-        while len(self._streamed) > self.keep:
-            self._streamed.popitem(last=False)
-        found, why = self._streamed[shard]
-        if block not in found:
-            self._raise(shard, block, why)
-        return found[block]
+        told = self.manifest.shards[shard]
+        if self.remote:
+            return self._block(*self._hold(shard), shard, block)
+        try:
+            with open(self.url(told.file), "rb") as file:
+                return self._block(file, "", shard, block)
+        except OSError as error:
+            self._raise(shard, block, f"cannot be read ({error.strerror})")
 
     def verify(self, shard: int) -> None:
         """Reads the whole shard against its sha256 and its blocks' checksums. Raises ShardError."""
         told = self.manifest.shards[shard]
-        digest = hashlib.sha256()
-        try:
-            with open(self.url(told.file), "rb") if not self.remote else gopen(self.url(told.file)) as stream:
-                while data := stream.read(1 << 20):
-                    digest.update(data)
-        except OSError as error:
-            self._raise(shard, 0, f"cannot be read ({error.strerror or error})")
         for block in range(len(told.blocks)):
             self.read(shard, block)
-        if digest.hexdigest() != told.sha256:
-            self._raise(shard, 0, f"sha256 {digest.hexdigest()[:12]} is not the manifest's {told.sha256[:12]}: corrupt")
+        if self.remote:
+            if why := self._hold(shard)[1]:
+                self._raise(shard, 0, why)
+            return  # nothing else is called whole
+        with open(self.url(told.file), "rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != told.sha256:
+            self._raise(shard, 0, f"sha256 {found[:12]} is not the manifest's {told.sha256[:12]}: corrupt")
 
-    def _local(self, shard: int, block: int) -> Block:
+    def _hold(self, shard: int) -> tuple[BinaryIO, str]:
+        """A shard from elsewhere, and why it is not whole; then its sound blocks are read all the same.
+
+        A lane reads the blocks of one shard before the next shard's, so it is asked for about once an epoch.
+        """
+        if shard not in self._held:
+            self._held[shard] = self._fetch(self.manifest.shards[shard])
+        self._held.move_to_end(shard)
+        while len(self._held) > self.keep:
+            _, (file, _) = self._held.popitem(last=False)
+            file.close()
+        return self._held[shard]
+
+    def _fetch(self, told: Shard) -> tuple[BinaryIO, str]:
+        assert self.remote is not None
+        remote, why = self.remote, ""
+
+        def fill(file: BinaryIO) -> bool:
+            nonlocal why
+            try:
+                remote.fetch(self.url(told.file), lambda chunks: _store(chunks, file, told))
+            except FetchError as error:
+                why = f"cannot be fetched ({error})"
+            return not why
+
+        if self._cache:
+            try:
+                until = time.monotonic() + remote.limits.total
+                if file := self._cache.open(told.sha256, told.bytes, fill, until):
+                    return file, why
+            except TimeoutError as error:
+                return io.BytesIO(), f"cannot be fetched ({error})"
+            except OSError:
+                why = ""  # the cache cannot be used, the shard perhaps can
+        file = io.BytesIO()
+        fill(file)
+        return file, why
+
+    def _block(self, file: BinaryIO, why: str, shard: int, block: int) -> Block:
         row = self.manifest.shards[shard].blocks[block]
-        path = self.url(self.manifest.shards[shard].file)
-        try:
-            with open(path, "rb") as file:
-                file.seek(int(row[Columns.OFFSET]))
-                data = file.read(int(row[Columns.SIZE]))
-        except OSError as error:
-            self._raise(shard, block, f"cannot be read ({error.strerror})")
+        file.seek(int(row[Columns.OFFSET]))
+        data = file.read(int(row[Columns.SIZE]))
         for found, sample in self._samples(shard, io.BytesIO(data)):
             if found == block:
                 return sample
-        self._raise(shard, block, "truncated or corrupt")
-
-    def _stream(self, shard: int) -> tuple[dict[int, Block], str]:
-        """The blocks of a shard that can be read, and why others cannot."""
-        found: dict[int, Block] = {}
-        try:
-            with gopen(self.url(self.manifest.shards[shard].file)) as stream:
-                found.update(self._samples(shard, stream))
-        except OSError as error:
-            return found, f"cannot be read ({error})"
-        return found, "truncated or corrupt"
+        self._raise(shard, block, why or "truncated or corrupt")
 
     def _samples(self, shard: int, stream) -> Iterator[tuple[int, Block]]:
         """Sound blocks of a tar stream, in its order; stops where the tar cannot be followed."""
@@ -170,4 +198,21 @@ class Corpus:
 
     def _raise(self, shard: int, block: int, what: str) -> NoReturn:
         offset = int(self.manifest.shards[shard].blocks[block][Columns.OFFSET])
-        raise ShardError(self.url(self.manifest.shards[shard].file), offset, what)
+        way = "see whether its source still has what was prepared" if self.remote else "prepare or copy it again"
+        raise ShardError(self.url(self.manifest.shards[shard].file), offset, what, way)
+
+
+def _store(chunks: Iterator[bytes], file: BinaryIO, told: Shard) -> None:
+    """Writes a shard from its beginning; an OSError unless its bytes are the manifest's."""
+    file.seek(0)
+    digest, size = hashlib.sha256(), 0
+    for data in chunks:
+        size += len(data)
+        if size > told.bytes:
+            raise OSError(f"longer than the manifest's {told.bytes} bytes")
+        digest.update(data)
+        file.write(data)
+    if size < told.bytes:
+        raise OSError(f"truncated: {size} bytes, the manifest says {told.bytes}")
+    if digest.hexdigest() != told.sha256:
+        raise OSError(f"corrupt: sha256 {digest.hexdigest()[:12]} is not the manifest's {told.sha256[:12]}")

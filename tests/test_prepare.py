@@ -222,7 +222,7 @@ def test_the_programs_tell_what_they_made(tmp_path, capsys):
 def test_manifests_of_another_format_are_refused():
     good = {"format": 1, "name": "a", "tokenizer": {"name": "bytes", "hash": "h", "vocab": 257, "eot": 256},
             "dtype": "uint16", "options": {}, "inputs": [],
-            "shards": [{"file": "s.tar", "documents": 1, "tokens": 2, "text_bytes": 1, "bytes": 9, "sha256": "",
+            "shards": [{"file": "s.tar", "documents": 1, "tokens": 2, "text_bytes": 1, "bytes": 9, "sha256": "0" * 64,
                         "blocks": [[0, 9, 0, 0, 1, 2]]}]}  # fmt: skip
     assert manifest.parse(json.dumps(good).encode(), "m").tokens == 2
     for change, message in (
@@ -232,6 +232,8 @@ def test_manifests_of_another_format_are_refused():
         ({"shards": []}, "no documents"),
         ({"shards": [{**good["shards"][0], "file": "a;rm -rf .tar"}]}, "not a plain file name"),
         ({"shards": [{**good["shards"][0], "file": "../s.tar"}]}, "not a plain file name"),
+        ({"shards": [{**good["shards"][0], "sha256": "../../s"}]}, "sha256 '../../s' is not 64 hexadecimal digits"),
+        ({"shards": [{**good["shards"][0], "blocks": [[-1, 9, 0, 0, 1, 2]]}]}, "negative"),
         ({"shards": [{"file": "s.tar"}]}, "not a corpus manifest"),
     ):
         with pytest.raises(ValueError, match=message):

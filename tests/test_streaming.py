@@ -1,0 +1,446 @@
+"""Shards from elsewhere: the same rows as from a folder, whatever server, command, store or cache does in between."""
+
+import errno
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import urllib.request
+from collections import Counter
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from corpora import corpus, texts
+
+from stepladder.data import fetch
+from stepladder.data.cache import Cache
+from stepladder.data.fetch import Limits, Remote
+from stepladder.data.loader import Batch, Loader, Source
+from stepladder.data.manifest import Columns
+from stepladder.data.shards import Corpus, ShardError
+
+PATIENT = Limits(retries=3, stall=30, total=60, pause=0.01)
+STRICT = Limits(retries=1, stall=0.4, total=20, pause=0.01)
+LANES = 4
+
+
+class Server:
+    """Serves a folder and does to each file, request by request, what `faults` says; counts the requests."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.faults, self.asked = folder, {}, Counter()
+        self.released = threading.Event()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                name = self.path.strip("/")
+                server.asked[name] += 1
+                plan = server.faults.get(name, [])
+                server.answer(self, name, plan.pop(0) if plan else "")
+
+            def log_message(self, *args):
+                pass
+
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.httpd.server_port}"
+        threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def answer(self, handler: BaseHTTPRequestHandler, name: str, fault: str) -> None:
+        data = (self.folder / name).read_bytes()
+        if fault == "silent":
+            self.released.wait(60)
+            return
+        if fault.startswith("to "):
+            handler.send_response(302)
+            handler.send_header("Location", fault.removeprefix("to "))
+            handler.end_headers()
+            return
+        if fault.isdigit():
+            handler.send_error(int(fault))
+            return
+        if fault == "wrong":
+            data = data[:700] + bytes([data[700] ^ 1]) + data[701:]
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        if fault == "slow":
+            time.sleep(0.1)
+        if fault == "drip":
+            for at in range(len(data)):
+                if self.released.wait(0.05):
+                    return
+                handler.wfile.write(data[at : at + 1])
+        handler.wfile.write(data[: len(data) // 2] if fault in ("cut", "half") else data)
+        if fault == "half":
+            self.released.wait(60)
+
+    def shards_asked(self) -> int:
+        return sum(count for name, count in self.asked.items() if name.endswith(".tar"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return corpus(tmp_path_factory.mktemp("made") / "out", texts(400), shard_bytes=2000)
+
+
+@pytest.fixture
+def server(made):
+    serving = Server(made)
+    yield serving
+    serving.released.set()
+    serving.httpd.shutdown()
+    serving.httpd.server_close()
+
+
+def loader(base: Path | str, limits: Limits = PATIENT, **options) -> Loader:
+    plain = {"seq": 50, "rows": 4, "lanes": LANES, "seed": 1, "prefetch": 0}
+    return Loader([Source("s", str(base))], limits=limits, **{**plain, **options})
+
+
+def take(count: int, base: Path | str, limits: Limits = PATIENT, **options) -> list[Batch]:
+    made = loader(base, limits, **options)
+    try:
+        return list(itertools.islice(made, count))
+    finally:
+        made.close()
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True)) and a.cursor == b.cursor
+
+
+def blocks(found: Corpus) -> list[bytes]:
+    at = [(i, j) for i, shard in enumerate(found.manifest.shards) for j in range(len(shard.blocks))]
+    return [block.tokens.tobytes() + block.pieces.tobytes() for block in (found.read(i, j) for i, j in at)]
+
+
+def gib(count: float, folder: Path) -> float:
+    """A cache limit for so many shards."""
+    return count * max(path.stat().st_size for path in folder.glob("*.tar")) / 2**30
+
+
+@pytest.mark.parametrize("way", ["http", "cold cache", "warm cache", "tight cache", "pipe", "pipe and cache", "store"])
+def test_rows_and_resume_do_not_depend_on_where_the_shards_are(made, server, tmp_path, way):
+    told = take(60, made)
+    assert told[30].cursor["state"]["0"]["token"] > 0, "the resume is in the middle of a document"
+    base = f"pipe:cat {made}" if way.startswith("pipe") else f"file://{made}" if way == "store" else server.url
+    limits = PATIENT._replace(cache=str(tmp_path / "cache") if "cache" in way else None)
+    if way == "tight cache":
+        limits = limits._replace(cache_gib=gib(LANES + 1, made))
+    if way == "warm cache":
+        blocks(Corpus(base, limits=limits))
+        server.asked.clear()
+    assert all(same(a, b) for a, b in zip(told, take(60, base, limits), strict=True))
+    assert all(same(a, b) for a, b in zip(told[31:], take(29, base, limits, cursor=told[30].cursor), strict=True))
+    if way == "warm cache":
+        assert server.shards_asked() == 0
+    if way == "tight cache":
+        assert server.shards_asked() > len(Corpus(made).manifest.shards), "some were evicted and fetched again"
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.*")) <= limits.cache_gib * 2**30
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_source_that_fails_for_a_while_is_asked_again(made, server, tmp_path, cached):
+    limits = PATIENT._replace(cache=str(tmp_path / "cache") if cached else None)
+    server.faults = {"manifest.json": ["503"], "shard-00001.tar": ["500", "cut", "wrong"]}
+    assert blocks(Corpus(server.url, limits=limits)) == blocks(Corpus(made))
+    assert (server.asked["manifest.json"], server.asked["shard-00001.tar"]) == (2, 4)
+
+
+@pytest.mark.parametrize(("fault", "attempts", "last"), [
+    ("500", 4, "4 attempts in .* s, the last: HTTP 500 Internal Server Error"),
+    ("cut", 4, "4 attempts in .* s, the last: the connection ended \\d+ bytes early"),
+    ("wrong", 4, "4 attempts in .* s, the last: corrupt: sha256"),
+    ("404", 1, "1 attempt in .* s, HTTP 404 Not Found"),
+])  # fmt: skip
+def test_a_shard_that_does_not_come_is_named_with_its_attempts_the_last_error_and_what_to_do(
+    server, fault, attempts, last
+):
+    server.faults = {"shard-00001.tar": [fault] * 9}
+    found = Corpus(server.url, limits=PATIENT)
+    with pytest.raises(ShardError, match=rf"00001.tar: cannot be fetched \({last}.*\) at byte \d+; see .* or set on_err"):
+        found.verify(1)
+    assert server.asked["shard-00001.tar"] == attempts
+
+
+@pytest.mark.parametrize(("fault", "limits", "most", "last"), [
+    ("silent", STRICT, 5, "2 attempts in .* s, the last: no byte came for 0.4 s"),
+    ("half", STRICT, 5, "2 attempts in .* s, the last: no byte came for 0.4 s"),
+    ("drip", STRICT._replace(stall=30, total=1), 5, "1 attempt in .* s, not done after 1 s"),
+])  # fmt: skip
+def test_a_stalled_source_is_reported_within_its_limit(server, fault, limits, most, last):
+    server.faults = {f"shard-{i:05d}.tar": [fault] * 9 for i in range(9)}
+    began = time.monotonic()
+    with pytest.raises(ShardError, match=last):
+        take(100, server.url, limits)
+    assert time.monotonic() - began < most
+
+
+@pytest.mark.parametrize("fault", ["silent", "half"])
+def test_lanes_go_on_without_a_stalled_shard(made, server, tmp_path, fault):
+    server.faults = {"shard-00001.tar": [fault] * 99}
+    limits = STRICT._replace(cache=str(tmp_path / "cache"))
+    ahead = loader(server.url, limits, on_error="skip", rows=8)
+    streamed = list(itertools.islice(ahead, 60))
+    assert ahead.skipped == 1
+    assert server.asked["shard-00001.tar"] % 2 == 0, "asked for twice each time a lane comes to it"
+    ahead.close()
+    assert not list((tmp_path / "cache").glob("*.part"))
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for path in made.iterdir():
+        data = path.read_bytes()
+        gone = {"silent": 0, "half": len(data) // 2}[fault] if path.name == "shard-00001.tar" else len(data)
+        (cut / path.name).write_bytes(data[:gone])
+    assert all(same(a, b) for a, b in zip(take(60, cut, on_error="skip", rows=8), streamed, strict=True))
+
+
+def test_a_loader_that_waits_for_a_stalled_source_closes_at_once(server):
+    server.faults = {f"shard-{i:05d}.tar": ["silent"] for i in range(9)}
+    ahead = loader(server.url, Limits(), prefetch=2)
+    while not server.shards_asked():
+        time.sleep(0.01)
+    began = time.monotonic()
+    ahead.close()
+    assert time.monotonic() - began < 2
+
+
+def test_a_command_that_fails_says_why_and_one_that_hangs_is_killed_with_what_it_started(made, tmp_path):
+    found = Corpus(f"pipe:cat {made}", limits=STRICT)
+    found.base = "pipe:echo no such bucket >&2; exit 3; "
+    with pytest.raises(ShardError, match=r"2 attempts .* the last: the command ended with code 3: no such bucket"):
+        found.read(0, 0)
+    found.base = f"pipe:sleep 60 & echo $! > {tmp_path}/child; wait; "
+    with pytest.raises(ShardError, match="no byte came for"):
+        found.read(1, 0)
+    with pytest.raises(ValueError, match=r"1 attempt .* code 127"):
+        Corpus("pipe:no-such-command-at-all")
+    child, deadline = int((tmp_path / "child").read_text()), time.monotonic() + 5
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_pauses_double_and_come_from_a_named_seed():
+    before = random.getstate()
+    one, again, other = (Remote("pipe:x", Limits(pause=1, seed=seed)) for seed in ("a", "a", "b"))
+    pauses = [one._pause("u", attempt) for attempt in (1, 2, 3)]
+    assert pauses == [again._pause("u", attempt) for attempt in (1, 2, 3)]
+    assert all(2**i / 2 <= pause <= 2**i * 1.5 for i, pause in enumerate(pauses))
+    assert len({one._pause("u", 1), other._pause("u", 1), one._pause("v", 1)}) == 3
+    assert one._pause("u", 50) <= 45
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize("harm", ["torn", "flipped", "empty"])
+def test_a_wrong_file_in_the_cache_is_fetched_again(made, server, tmp_path, harm):
+    limits = PATIENT._replace(cache=str(tmp_path))
+    blocks(Corpus(server.url, limits=limits))
+    told = Corpus(made).manifest.shards[1]
+    kept = tmp_path / f"{told.sha256}.tar"
+    data = bytearray(kept.read_bytes())
+    data[-1] ^= 1
+    kept.write_bytes({"torn": data[:900], "flipped": data, "empty": b""}[harm])
+    server.asked.clear()
+    assert blocks(Corpus(server.url, limits=limits)) == blocks(Corpus(made))
+    assert (server.shards_asked(), server.asked["shard-00001.tar"]) == (1, 1)
+    assert kept.read_bytes() == (made / "shard-00001.tar").read_bytes()
+
+
+def test_the_least_recently_used_is_evicted_and_never_one_in_use(tmp_path):
+    cache = Cache(str(tmp_path), 3000)
+    contents = {hashlib.sha256(letter.encode() * 1000).hexdigest(): letter for letter in "abcde"}
+    names = {letter: name for name, letter in contents.items()}
+
+    def get(letter: str):
+        data = letter.encode() * 1000
+        file = cache.open(names[letter], 1000, lambda file: bool(file.write(data)), time.monotonic() + 5)
+        if file:
+            file.seek(0)
+            assert file.read() == data
+        return file
+
+    def there() -> str:
+        return "".join(sorted(contents[path.stem] for path in tmp_path.glob("*.tar")))
+
+    held = get("a")
+    for letter in "bc":
+        get(letter).close()
+        time.sleep(0.01)
+    get("b").close()  # used again
+    get("d").close()
+    assert there() == "abd", "c was the oldest that nobody held"
+    both = get("b"), get("d")
+    assert get("e") is None, "no room, so it is not kept"
+    assert there() == "abd"
+    held.close()
+    get("e").close()
+    assert there() == "bde"
+    both[0].close()
+    (tmp_path / ("f" * 64 + ".part")).write_bytes(b"x" * 900)  # left by processes that were killed
+    (tmp_path / (names["a"] + ".part")).write_bytes(b"x" * 900)
+    get("a").close()
+    assert there() == "ade"
+    assert not list(tmp_path.glob("*.part"))
+    both[1].close()
+
+
+def test_a_full_disk_and_a_cache_that_is_gone_cost_the_cache_only(made, server, tmp_path, monkeypatch):
+    limits = PATIENT._replace(cache=str(tmp_path / "cache"))
+    found = Corpus(server.url, limits=limits)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        assert blocks(found) == blocks(Corpus(made))
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
+    again = Corpus(server.url, limits=limits)
+    (tmp_path / "cache" / "lock").unlink()
+    (tmp_path / "cache").rmdir()
+    assert blocks(again) == blocks(Corpus(made))
+
+
+READER = """
+import hashlib, sys, time
+from pathlib import Path
+from stepladder.data.cache import Cache
+folder, log, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def fill(file):
+    with open(log, "a") as lines:
+        print(mode, file=lines)
+    file.write(data)
+    time.sleep(60 if mode == "hangs" else 0.1)
+    return True
+for letter in "abc" if mode == "works" else "d":
+    data = letter.encode() * 1000
+    found = Cache(folder, 10000).open(hashlib.sha256(data).hexdigest(), 1000, fill, time.monotonic() + 60)
+    found.seek(0)
+    assert found.read() == data
+"""
+
+
+def reader(*told: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-P", "-c", READER, *map(str, told)])
+
+
+def test_processes_of_a_machine_fetch_each_shard_once(tmp_path):
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    assert [process.wait(60) for process in [reader(cache, log, "works") for _ in range(4)]] == [0] * 4
+    assert log.read_text().split() == ["works"] * 3
+    assert len(list(cache.glob("*.tar"))) == 3
+    assert not list(cache.glob("*.part"))
+
+
+def test_a_process_killed_in_the_middle_of_a_shard_is_not_waited_for(tmp_path):
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    log.touch()
+    first = reader(cache, log, "hangs")
+    while not log.read_text():
+        time.sleep(0.01)
+    second = reader(cache, log, "takes over")
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(0.5)
+    first.kill()
+    assert second.wait(10) == 0
+    assert log.read_text().splitlines() == ["hangs", "takes over"]
+    assert first.wait() < 0
+
+
+def test_a_process_waits_for_another_no_longer_than_its_limit(tmp_path):
+    cache, name = Cache(str(tmp_path), 1000), "a" * 64
+    with open(tmp_path / f"{name}.part", "wb") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="another process of this machine"):
+            cache.open(name, 10, lambda file: True, time.monotonic() + 0.1)
+
+
+def test_a_server_cannot_send_a_reader_out_of_the_web(made, server, tmp_path):
+    shard = made / "shard-00000.tar"
+    for target in (f"file://{shard}", f"ftp://x{shard}", "data:,x", f"pipe:touch {made}/x"):
+        server.faults = {"shard-00000.tar": [f"to {target}"] * 9}
+        with pytest.raises(ShardError, match=r"\(1 attempt .*(Redirection to .* not allowed|redirects to .* refused)"):
+            Corpus(server.url, limits=PATIENT).read(0, 0)
+    assert not (made / "x").exists()
+    server.faults = {name: [f"to {server.url}/{name}"] for name in ("manifest.json", "shard-00000.tar")}
+    assert Corpus(server.url, limits=PATIENT).read(0, 0), "a redirect to another web address is followed"
+    secure = urllib.request.Request("https://a/b")
+    follow = lambda target: fetch._Redirect().redirect_request(secure, None, 302, "", Message(), target)
+    assert follow("https://c/d")
+    with pytest.raises(fetch.Gone, match="redirects to http://a/b, which is refused"):
+        follow("http://a/b")
+
+
+@pytest.mark.parametrize("name", ["pipe:touch {}", "../{}", "{}", "x;touch {}", "http://127.0.0.1/{}", ".{}"])
+def test_a_manifest_from_the_web_names_plain_files_and_starts_no_command(made, server, tmp_path, name):
+    table = json.loads((made / "manifest.json").read_text())
+    server.folder = tmp_path
+    for key, value in (("file", name.format(tmp_path / "harmed")), ("sha256", name.format(tmp_path / "harmed"))):
+        changed = [{**table["shards"][0], key: value}, *table["shards"][1:]]
+        (tmp_path / "manifest.json").write_text(json.dumps({**table, "shards": changed}))
+        with pytest.raises(ValueError, match=r"is not (a plain file name|64 hexadecimal digits)"):
+            Corpus(server.url, limits=PATIENT._replace(cache=str(tmp_path / "cache")))
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_members_of_a_shard_from_the_web_are_not_unpacked(made, server, tmp_path):
+    """Names that would escape, in a shard whose checksum is the manifest's; a cache holds it whole and nothing else."""
+    table = json.loads((made / "manifest.json").read_text())
+    harmful = io.BytesIO()
+    with tarfile.open(fileobj=harmful, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("../escape", str(tmp_path / "absolute"), "000000.tokens/../../escape", "000000.pyd"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"harm"))
+        longer = tar.offset
+    data = harmful.getvalue()[:longer] + (made / "shard-00000.tar").read_bytes()
+    told = table["shards"][0] | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for number, row in enumerate(told["blocks"]):
+        row[Columns.SIZE if number == 0 else Columns.OFFSET] += longer
+    server.folder = tmp_path / "served"
+    server.folder.mkdir()
+    (server.folder / "shard-00000.tar").write_bytes(data)
+    (server.folder / "manifest.json").write_text(json.dumps({**table, "shards": [told]}))
+    found = Corpus(server.url, limits=PATIENT._replace(cache=str(tmp_path / "cache")))
+    assert blocks(found) == blocks(Corpus(made))[: len(told["blocks"])]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(["lock", f"{told['sha256']}.tar"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "served"]
+
+
+def test_object_stores_need_fsspec_and_say_so(made, monkeypatch):
+    with pytest.raises(ValueError, match=r"nosuch://x: fsspec cannot read it \(.*nosuch"):
+        Corpus("nosuch://x")
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "fsspec", None)
+        with pytest.raises(ValueError, match=r"s3://b: .* pip install 'stepladder\[fsspec\]'; folders, .* without it"):
+            Corpus("s3://b")
+        assert take(1, f"pipe:cat {made}")
+    store = fsspec.filesystem("memory")
+    store.put(f"{made}/", "/corpus", recursive=True)
+    assert blocks(Corpus("memory://corpus", limits=PATIENT)) == blocks(Corpus(made))
+    with pytest.raises(ValueError, match="1 attempt"):
+        Corpus("memory://nothing", limits=PATIENT)
+
+
+def test_a_cache_that_cannot_work_is_refused_at_once(made, server, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data.cache = .*/file/x: cannot be written .Not a directory.; name another"):
+        Corpus(server.url, limits=PATIENT._replace(cache=str(tmp_path / "file" / "x")))
+    with pytest.raises(ValueError, match=r"data.cache_gib = .* is less than http.*shard-\d+.tar, .* GiB; raise it"):
+        Corpus(server.url, limits=PATIENT._replace(cache=str(tmp_path / "cache"), cache_gib=gib(0.9, made)))
+    Cache(str(tmp_path / "new"), 10)
+    assert (tmp_path / "new").stat().st_mode & 0o077 == 0
