@@ -39,7 +39,7 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=1,sched_interval=1,bf
 KillWait=10
 CompleteWait=0
 WaitTime=0
-SlurmdTimeout=10
+SlurmdTimeout=5
 MessageTimeout=5
 UnkillableStepTimeout=15
 NodeName=n[1-{1}] NodeAddr=10.77.0.[1-{1}] CPUs=8 RealMemory=1000000
