@@ -78,7 +78,8 @@ class Loader:
         vocab: int | None = None,
     ):
         _check(sources, seq, rows, lanes, dp_rank, dp_size, split, heldout, workers, prefetch, on_error)
-        self.skipped = 0
+        self._broken: dict[tuple[str, int], str] = {}
+        self._told: set[tuple[str, int]] = set()
         self.waited = 0.0
         limits = limits._replace(seed=f"{seed} {dp_rank}")
         corpora = {source.name: Corpus(source.shards, lanes // dp_size, limits) for source in sources}
@@ -122,8 +123,19 @@ class Loader:
             self._ended = error
             raise
         self.waited += time.perf_counter() - began
-        batch, self.skipped = made
+        batch, self._broken = made
         return batch
+
+    @property
+    def skipped(self) -> int:
+        """Shards of which blocks were left out so far."""
+        return len(self._broken)
+
+    def news(self) -> list[str]:
+        """Why shards were skipped since the last call, a sentence each."""
+        new = [why for at, why in self._broken.items() if at not in self._told]
+        self._told |= self._broken.keys()
+        return new
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -176,7 +188,7 @@ def _start(cursor: Cursor | None, told: dict[str, Any], names: list[str], mine: 
     return {**told, "row": cursor["row"], "state": state}
 
 
-def _assemble(parts: Iterator[list], share: Share, start: Cursor, pin: bool) -> Iterator[tuple[Batch, int]]:
+def _assemble(parts: Iterator[list], share: Share, start: Cursor, pin: bool) -> Iterator[tuple[Batch, dict]]:
     """The workers' rows in the order of the rank's rows, with the cursor after them and the broken shards so far."""
     row, states = start["row"], dict(start["state"])
     head = {key: value for key, value in start.items() if key not in ("row", "state")}
@@ -191,8 +203,8 @@ def _assemble(parts: Iterator[list], share: Share, start: Cursor, pin: bool) -> 
         for _, moved, _ in made:
             states.update(moved)
         row += share.rows * share.dp_size
-        broken = set().union(*(part[2] for part in made))
-        yield Batch(tensors[0], tensors[1], tensors[2], {**head, "row": row, "state": dict(states)}), len(broken)
+        broken = {at: why for part in made for at, why in part[2].items()}
+        yield Batch(tensors[0], tensors[1], tensors[2], {**head, "row": row, "state": dict(states)}), broken
 
 
 def _fill(batches: Iterator, ahead: queue.Queue, stop: threading.Event) -> None:

@@ -33,7 +33,7 @@ class Feed:
     ):
         self.name, self.corpus, self.weight = name, corpus, weight
         self.seed, self.lanes, self.split, self.heldout, self.skip = seed, lanes, split, heldout, skip
-        self.broken: set[tuple[str, int]] = set()  # shards in which a block was skipped
+        self.broken: dict[tuple[str, int], str] = {}  # shards in which a block was skipped, and why the first was
         counts = [shard.documents for shard in corpus.manifest.shards]
         self._first = np.cumsum([0, *counts])  # number in the corpus of each shard's first document
         self._blocks = self._owned()
@@ -160,10 +160,10 @@ class Lane:
             shard, block = self._order(feed, place.epoch)[place.block].tolist()
             try:
                 self._blocks[feed.name] = at, feed.documents(shard, block, place.epoch)
-            except ShardError:
+            except ShardError as error:
                 if not feed.skip:
                     raise
-                feed.broken.add((feed.name, shard))
+                feed.broken.setdefault((feed.name, shard), error.fault)
                 self._blocks[feed.name] = at, []
         return self._blocks[feed.name][1]
 
@@ -194,7 +194,9 @@ class Share(NamedTuple):
             n += self.rows * self.dp_size
 
 
-def read(feeds: Sequence[Feed], share: Share, states: dict[str, State]) -> Iterator[tuple[Rows, dict[str, State], set]]:
+def read(
+    feeds: Sequence[Feed], share: Share, states: dict[str, State]
+) -> Iterator[tuple[Rows, dict[str, State], dict]]:
     """Per batch: this worker's rows in order, the states of the lanes they came from, and the broken shards so far."""
     opened: dict[int, Lane] = {}
     make: Callable[[int], Lane] = lambda n: Lane(n, feeds, states[str(n)])
@@ -205,7 +207,7 @@ def read(feeds: Sequence[Feed], share: Share, states: dict[str, State]) -> Itera
                 opened[lane] = make(lane)
         made = [opened[lane].row(share.seq) for lane in mine]
         stacked = Rows(*map(np.stack, zip(*made, strict=True))) if made else Rows(*[np.zeros((0, share.seq))] * 3)
-        broken = set().union(*(feed.broken for feed in feeds))
+        broken = {at: why for feed in feeds for at, why in feed.broken.items()}
         yield stacked, {str(lane): opened[lane].state() for lane in set(mine)}, broken
 
 

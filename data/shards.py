@@ -33,8 +33,12 @@ class ShardError(ValueError):
         super().__init__(shard, offset, what, way)
         self.shard, self.offset, self.what, self.way = shard, offset, what, way
 
+    @property
+    def fault(self) -> str:
+        return f"{self.shard}: {self.what} at byte {self.offset}"
+
     def __str__(self) -> str:
-        return f"{self.shard}: {self.what} at byte {self.offset}; {self.way}, or set on_error to skip"
+        return f"{self.fault}; {self.way}, or set on_error to skip"
 
 
 class Block(NamedTuple):

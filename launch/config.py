@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
+from stepladder.data.fetch import elsewhere
 from stepladder.launch import toml
 from stepladder.launch.toml import ConfigError, Rule
 from stepladder.model import registry
@@ -26,7 +27,7 @@ Below1 = Annotated[float, Rule(lambda x: 0 <= x < 1, "at least 0 and below 1")]
 
 @dataclass(frozen=True)
 class Source:
-    shards: str                     # folder with a manifest.json, or the URL of one
+    shards: str                     # folder with a manifest.json, http(s) or fsspec address of one, or a pipe: command
     weight: From0 = 1.0             # share of the tokens, relative to the other sources
 
 
@@ -40,7 +41,12 @@ class Data:
     heldout: Below1 = 0.0           # share of the documents kept for evaluation
     workers: Natural = 0            # reader processes a rank; 0: none
     prefetch: Count = 4             # batches read ahead
-    on_error: Literal["stop", "skip"] = "stop"    # at a corrupt shard
+    on_error: Literal["stop", "skip"] = "stop"    # at a corrupt shard, or one that does not come
+    retries: Natural = 4            # of a shard from elsewhere, after the first attempt, with longer and longer pauses
+    stall_seconds: Above0 = 30.0    # without a byte end an attempt
+    fetch_minutes: Above0 = 5.0     # for one shard, attempts and pauses together
+    cache: str | None = None        # folder for shards from elsewhere, shared by the processes of a machine
+    cache_gib: Above0 = 100.0       # it holds at most; what was not used for longest goes first
 
 
 @dataclass(frozen=True)
@@ -326,6 +332,10 @@ def _data(run: Run, world: int) -> None:
     if run.train.eval_every and not run.data.heldout:
         raise ConfigError(f"train.eval_every = {run.train.eval_every} has nothing to read, data.heldout = 0; "
                           f"set data.heldout (0.01, say) or train.eval_every = 0")
+    fetching, patience = run.data.fetch_minutes, run.train.collective_minutes
+    if fetching >= patience and any(elsewhere(source.shards) for source in sources.values()):
+        raise ConfigError(f"data.fetch_minutes = {fetching:g} for a shard that does not come, but a step may take "
+                          f"train.collective_minutes = {patience:g}; lower the first or raise the second")
 
 
 def _batch(run: Run, world: int) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from stepladder.data import loader as data
+from stepladder.data.fetch import Limits
 from stepladder.launch import agree, config, timeline, world
 from stepladder.launch.events import Events, Stop
 from stepladder.launch.log import Log
@@ -125,7 +126,8 @@ class Trainer:
                            rows=d.rows, lanes=d.lanes, seed=self.run.train.seed, dp_rank=m.dp_rank, dp_size=m.dp,
                            split=split, heldout=d.heldout, cursor=cursor, workers=d.workers if split == "train" else 0,
                            prefetch=d.prefetch, pin=self.device.type == "cuda", on_error=d.on_error,
-                           vocab=self.run.model.vocab)
+                           limits=Limits(d.retries, d.stall_seconds, 60 * d.fetch_minutes, cache=d.cache,
+                                         cache_gib=d.cache_gib), vocab=self.run.model.vocab)
 
     def _tell(self, text: str) -> None:
         if self.log is not None:
@@ -231,6 +233,9 @@ class Trainer:
         self.header = {}
         if self.loader.skipped:
             record["skipped_shards"] = self.loader.skipped
+        for why in self.loader.news():                   # told by whichever rank reads the shard
+            (self._tell if self.world.main else print)(f"skipped {why}")
+            self.events.add("skip", step=late.step, shard=why)
         self.log.step(record)
         if int(r.skipped) > self.skipped:
             self.skipped = int(r.skipped)

@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -249,8 +250,27 @@ def test_a_block_that_is_corrupt_inside_stops_the_run_or_is_skipped(refused, tra
     SHARD.write_bytes(data)
     sentence, _ = refused("train", "run.toml", "train.steps=40")
     assert sentence.startswith(f"{SHARD}: truncated or corrupt at byte {block[Columns.OFFSET]}; prepare or copy it")
-    train("train.steps=40", "data.on_error=skip")
+    fault = sentence.partition(";")[0]
+    assert f"skipped {fault}\n" in train("train.steps=40", "data.on_error=skip")
     assert json.loads(Path(FOLDER, "metrics.jsonl").read_text().splitlines()[-1])["skipped_shards"] == 1
+    (skip,) = [event for line in Path(FOLDER, "events.jsonl").read_text().splitlines()
+               if (event := json.loads(line))["event"] == "skip"]
+    assert skip["shard"] == fault
+
+
+def test_a_source_that_falls_silent_is_reported_within_its_limit(refused):
+    """The configuration's limits reach the readers, for the manifest and for shards, and so does the cache."""
+    limits = "data.retries=1", "data.stall_seconds=0.3", "data.fetch_minutes=1", "data.cache=kept", "data.cache_gib=1"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/corpus"
+        sentence, _ = refused("train", "run.toml", f"data.sources.small.shards={url}", *limits)
+        assert sentence.startswith(f"{url}/manifest.json: cannot be read (2 attempts in ")
+        assert sentence.endswith(" s, the last: no byte came for 0.3 s); is the address right?")
+    pipe = "pipe:case {file} in *.tar) sleep 60;; *) cat shards/{file};; esac"
+    sentence, _ = refused("train", "run.toml", f"data.sources.small.shards={pipe}", *limits)
+    assert " esac: cannot be fetched (2 attempts in " in sentence
+    assert " s, the last: no byte came for 0.3 s) at byte " in sentence
+    assert [path.name for path in Path("kept").iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize(("change", "says"), [

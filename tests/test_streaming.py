@@ -171,7 +171,7 @@ def test_a_shard_that_does_not_come_is_named_with_its_attempts_the_last_error_an
 ):
     server.faults = {"shard-00001.tar": [fault] * 9}
     found = Corpus(server.url, limits=PATIENT)
-    with pytest.raises(ShardError, match=rf"00001.tar: cannot be fetched \({last}.*\) at byte \d+; see .* or set on_err"):
+    with pytest.raises(ShardError, match=rf"1.tar: cannot be fetched \({last}.*\) at byte \d+; see .* or set on_err"):
         found.verify(1)
     assert server.asked["shard-00001.tar"] == attempts
 
@@ -196,6 +196,9 @@ def test_lanes_go_on_without_a_stalled_shard(made, server, tmp_path, fault):
     ahead = loader(server.url, limits, on_error="skip", rows=8)
     streamed = list(itertools.islice(ahead, 60))
     assert ahead.skipped == 1
+    (why,) = ahead.news()
+    assert "shard-00001.tar: cannot be fetched (2 attempts" in why
+    assert not ahead.news(), "told once"
     assert server.asked["shard-00001.tar"] % 2 == 0, "asked for twice each time a lane comes to it"
     ahead.close()
     assert not list((tmp_path / "cache").glob("*.part"))
