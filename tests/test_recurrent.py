@@ -307,7 +307,7 @@ def together(rank: int, n: int, parallel: Parallel) -> list[str]:
 # Each feature of a layout once, and two ranks a dimension at most but for tp: mixers know of no other.
 @pytest.mark.parametrize(("parallel", "n"), [
     (Parallel(tp=4), 4), (Parallel(tp=2, sequence=True, ep=2), 4), (Parallel(tp=2, pp=2, schedule="zero-bubble"), 4),
-    (Parallel(pp=2, schedule="interleaved", dp_replicate=1), 4), (Parallel(dp_replicate=2), 4)],
+    (Parallel(pp=2, schedule="interleaved"), 4)],
     ids=lambda p: matrix.spell(p, 4) if isinstance(p, Parallel) else "")
 def test_n_ranks_equal_one_rank(parallel: Parallel, n: int) -> None:
     assert not any(ranks.run(n, together, parallel, timeout=240))
