@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from email.message import Message
@@ -24,6 +25,7 @@ import pytest
 import torch
 from corpora import corpus, texts
 
+from stepladder.data import cache as cache_module
 from stepladder.data import fetch
 from stepladder.data.cache import Cache
 from stepladder.data.fetch import Limits, Remote
@@ -71,6 +73,8 @@ class Server:
         if fault.isdigit():
             handler.send_error(int(fault))
             return
+        if fault == "short":
+            data = data[:900]
         if fault == "wrong":
             data = data[:700] + bytes([data[700] ^ 1]) + data[701:]
         handler.send_response(200)
@@ -163,6 +167,7 @@ def test_a_source_that_fails_for_a_while_is_asked_again(made, server, tmp_path, 
 @pytest.mark.parametrize(("fault", "attempts", "last"), [
     ("500", 4, "4 attempts in .* s, the last: HTTP 500 Internal Server Error"),
     ("cut", 4, "4 attempts in .* s, the last: the connection ended \\d+ bytes early"),
+    ("short", 4, "4 attempts in .* s, the last: truncated: 900 bytes, the manifest says"),
     ("wrong", 4, "4 attempts in .* s, the last: corrupt: sha256"),
     ("404", 1, "1 attempt in .* s, HTTP 404 Not Found"),
 ])  # fmt: skip
@@ -189,10 +194,10 @@ def test_a_stalled_source_is_reported_within_its_limit(server, fault, limits, mo
     assert time.monotonic() - began < most
 
 
-@pytest.mark.parametrize("fault", ["silent", "half"])
-def test_lanes_go_on_without_a_stalled_shard(made, server, tmp_path, fault):
+@pytest.mark.parametrize(("fault", "cache"), [("silent", "cache"), ("half", "cache"), ("half", None)])
+def test_lanes_go_on_without_a_stalled_shard(made, server, tmp_path, fault, cache):
     server.faults = {"shard-00001.tar": [fault] * 99}
-    limits = STRICT._replace(cache=str(tmp_path / "cache"))
+    limits = STRICT._replace(cache=cache and str(tmp_path / cache))
     ahead = loader(server.url, limits, on_error="skip", rows=8)
     streamed = list(itertools.islice(ahead, 60))
     assert ahead.skipped == 1
@@ -372,6 +377,35 @@ def test_a_process_waits_for_another_no_longer_than_its_limit(tmp_path):
             cache.open(name, 10, lambda file: True, time.monotonic() + 0.1)
 
 
+def test_a_shard_that_another_process_finished_or_gave_up_meanwhile_is_looked_for_anew(tmp_path, monkeypatch):
+    cache, data = Cache(str(tmp_path), 1000), b"x" * 10
+    name = hashlib.sha256(data).hexdigest()
+    final, part = tmp_path / f"{name}.tar", tmp_path / f"{name}.part"
+    real, filled = cache_module._lock, []
+
+    def get() -> None:
+        with cache.open(name, 10, lambda file: bool(file.write(data)) and not filled.append(1), time.monotonic() + 5):
+            pass
+
+    def gives_up(file, kind, until):
+        monkeypatch.setattr(cache_module, "_lock", real)
+        part.unlink()
+        return real(file, kind, until)
+
+    def finishes(file, kind, until):
+        monkeypatch.setattr(cache_module, "_lock", real)
+        final.write_bytes(data)
+        return real(file, kind, until)
+
+    monkeypatch.setattr(cache_module, "_lock", gives_up)
+    get()
+    assert (final.read_bytes(), filled) == (data, [1])
+    final.unlink()
+    monkeypatch.setattr(cache_module, "_lock", finishes)
+    get()
+    assert (filled, part.exists()) == ([1], False), "it is not fetched a second time"
+
+
 def test_a_server_cannot_send_a_reader_out_of_the_web(made, server, tmp_path):
     shard = made / "shard-00000.tar"
     for target in (f"file://{shard}", f"ftp://x{shard}", "data:,x", f"pipe:touch {made}/x"):
@@ -381,6 +415,9 @@ def test_a_server_cannot_send_a_reader_out_of_the_web(made, server, tmp_path):
     assert not (made / "x").exists()
     server.faults = {name: [f"to {server.url}/{name}"] for name in ("manifest.json", "shard-00000.tar")}
     assert Corpus(server.url, limits=PATIENT).read(0, 0), "a redirect to another web address is followed"
+    for url in (f"file://{shard}", "data:,x"):
+        with pytest.raises(urllib.error.URLError, match="unknown url type"):
+            fetch._opener().open(url)
     secure = urllib.request.Request("https://a/b")
     follow = lambda target: fetch._Redirect().redirect_request(secure, None, 302, "", Message(), target)
     assert follow("https://c/d")
