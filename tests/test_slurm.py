@@ -181,5 +181,7 @@ def test_a_disturbed_job_has_the_losses_of_an_undisturbed_run(nodes, undisturbed
     ours, theirs = records(run), records(undisturbed / "run")
     assert [ours[s]["loss"] for s in range(1, STEPS + 1)] == [theirs[s]["loss"] for s in range(1, STEPS + 1)]
     assert [r["step"] for r in ours.values() if r.get("resumed")]
+    if start == "torchrun":          # nothing between Slurm and the ranks died of the signal while they saved
+        assert ", code 0: requeued" in (tmp_path / "log").read_text()
     if start == "srun":
         assert re.search(r"rank 1 \(.*\) has been silent for \d+ s", happened[1]["error"])
