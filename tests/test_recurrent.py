@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from test_parity import on_mesh
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepladder.model.config import BlockConfig
 from stepladder.model.context import Context
 from stepladder.model.decoder import blocks
 from stepladder.model.registry import TOKEN, find
@@ -298,6 +300,37 @@ def test_initial_time_steps_and_decays_are_those_published(token: str) -> None:
     assert (dt < 1.01e-1).all()
     assert (A > 0).all()
     assert (A <= 16.01).all()
+
+
+def test_retention_turns_queries_and_keys_and_decays_at_the_published_rates() -> None:
+    """A sum over all earlier tokens, with rotations as complex numbers; head h keeps 1 - 2^(-5-h) a token."""
+    own, T, H, K = mixer("retention0"), 6, 4, 8
+    x, ctx = randn(1, T, tiny.WIDTH), Context.plain(1, T)
+    q, k = ((x[0] @ w.t()).view(T, H, K) for w in (own.wq, own.wk))
+    q, k = (torch.complex(z[..., :K // 2], z[..., K // 2:]) for z in (q, k))
+    v, t = (x[0] @ own.wv.t()).view(T, H, 16), torch.arange(T, dtype=DOUBLE)
+    ahead = (t[:, None] - t)[..., None]
+    turn = torch.polar(torch.ones(T, T, K // 2, dtype=DOUBLE), ahead * 100.0 ** (-torch.arange(4) / 4))
+    A = torch.einsum("thk,shk,tsk->tsh", q, k.conj(), turn).real / K ** 0.5
+    A = A * (ahead >= 0) * (1 - 2.0 ** (-5 - torch.arange(H, dtype=DOUBLE))) ** ahead
+    y = F.rms_norm(torch.einsum("tsh,shv->thv", A, v), (16,), eps=1e-6) * F.silu(x[0] @ own.out_gate.t()).view(T, H, 16)
+    got = own(x, ctx._replace(table=own.table(ctx, DOUBLE)))
+    close(got[0], y.flatten(1) @ own.wo.t(), 1e-6)                   # the rates are kept in fp32
+    assert not own.log_decay.requires_grad
+
+
+@pytest.mark.parametrize(("kind", "negative"), [(k, n) for k in ("gated_delta", "deltanet") for n in (False, True)])
+def test_negative_eigenvalues_are_an_option(kind: str, negative: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """beta k k^T takes off up to twice what is along k, or at most all of it."""
+    betas: list[Tensor] = []
+    chunked = delta.chunked
+    monkeypatch.setattr(delta, "chunked", lambda *x: (betas.append(x[4]), chunked(*x))[1])
+    spec = replace(tiny.TOKENS[f"{kind}0"], negative=negative)
+    cfg = replace(tiny.config(f"{kind}0", layers=1), blocks={"b0": BlockConfig(spec, tiny.CHANNELS["swiglu0"])})
+    own = blocks(build(cfg, Mesh(Parallel(), CPU), seed=3, dtype=DOUBLE).decoder)[0].token
+    own(100 * randn(2, 9, tiny.WIDTH), Context.plain(2, 9))
+    assert (betas[0].max() > 1) == negative
+    assert betas[0].max() <= 2
 
 
 def together(rank: int, n: int, parallel: Parallel) -> list[str]:
