@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import matrix
@@ -17,9 +18,10 @@ from test_parity import on_mesh
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepladder.launch import config
 from stepladder.model.config import BlockConfig
 from stepladder.model.context import Context
-from stepladder.model.decoder import blocks
+from stepladder.model.decoder import blocks, parameters
 from stepladder.model.registry import TOKEN, find
 from stepladder.ops import conv, delta, scan, ssd
 from stepladder.ops.norm import l2_norm
@@ -28,6 +30,7 @@ from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
 
 CPU = torch.device("cpu")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 poisoned = test_ops.poisoned
 SIZES = ((1, 64), (2, 64), (3, 1), (5, 2), (17, 16), (37, 64), (70, 32))        # tokens, chunk
 
@@ -331,6 +334,23 @@ def test_negative_eigenvalues_are_an_option(kind: str, negative: bool, monkeypat
     own(100 * randn(2, 9, tiny.WIDTH), Context.plain(2, 9))
     assert (betas[0].max() > 1) == negative
     assert betas[0].max() <= 2
+
+
+@pytest.mark.parametrize("token", ["gated_delta1", "mamba20", "mamba0"])
+def test_a_mixer_compiles_without_a_break(token: str) -> None:
+    own, x, ctx = mixer(token), randn(2, 40, tiny.WIDTH), Context.plain(2, 40)
+    close(torch.compile(own.forward, fullgraph=True, backend="eager")(x, ctx), own(x, ctx), 1e-12)
+
+
+@pytest.mark.parametrize(("name", "full", "windows"), [("3to1", [3, 7, 11], 0), ("window", [1, 7], 4)])
+def test_hybrids_are_ready_to_run(name: str, full: list[int], windows: int) -> None:
+    path = EXAMPLES / f"gated-delta-{name}.toml"
+    run = config.load(path, [])
+    config.check(run, 1)
+    tokens = [block.token for block in run.model.kinds()]
+    assert [i for i, t in enumerate(tokens) if t.kind == "attention" and not t.window] == full
+    assert sum(t.kind == "attention" and t.window > 0 for t in tokens) == windows
+    assert path.read_text().startswith(f"# {parameters(run.model)[0] / 1e6:.0f} M parameters")
 
 
 def together(rank: int, n: int, parallel: Parallel) -> list[str]:
