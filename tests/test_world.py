@@ -135,11 +135,13 @@ w.connect(torch.device("cpu"), store, datetime.timedelta(seconds=20))
 if w.attempt == 0 and w.rank == 1:
     os._exit(1)
 torch.distributed.all_reduce(total := torch.ones(()))
-print(f"{w.launcher} {w.rank}/{w.size} node {w.node} attempt {w.attempt} sum {total:g}", flush=True)
+said = f"{w.launcher} {w.rank}/{w.size} node {w.node} attempt {w.attempt} sum {total:g}"
+open(f"said-{w.rank}-{w.attempt}", "w").write(said)      # what two ranks print may stand on one line
 """)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-         "--monitor-interval", "0.1", str(program)], capture_output=True, text=True, timeout=60,
+         "--monitor-interval", "0.1", str(program)], capture_output=True, text=True, timeout=90, cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == [f"torchrun {r}/2 node 0 attempt 1 sum 2" for r in range(2)]
+    assert {f.name: f.read_text() for f in tmp_path.glob("said-*")} == {
+        f"said-{r}-1": f"torchrun {r}/2 node 0 attempt 1 sum 2" for r in range(2)}
