@@ -41,7 +41,7 @@ class Limits(NamedTuple):
     total: float = 300.0  # seconds for one file, attempts and pauses together
     pause: float = 0.5  # seconds before the second attempt; they double
     seed: str = ""  # of the pauses' jitter: readers of different seeds do not come back at one moment
-    cache: str | None = None  # folder
+    cache: str = ""  # folder; none: shards are held in memory
     cache_gib: float = 100.0
 
 

@@ -45,7 +45,7 @@ class Data:
     retries: Natural = 4            # of a shard from elsewhere, after the first attempt, with longer and longer pauses
     stall_seconds: Above0 = 30.0    # without a byte end an attempt
     fetch_minutes: Above0 = 5.0     # for one shard, attempts and pauses together
-    cache: str | None = None        # folder for shards from elsewhere, shared by the processes of a machine
+    cache: str = ""                 # folder for shards from elsewhere, shared by a machine's processes; "": none
     cache_gib: Above0 = 100.0       # it holds at most; what was not used for longest goes first
 
 

@@ -141,7 +141,7 @@ def test_rows_and_resume_do_not_depend_on_where_the_shards_are(made, server, tmp
     told = take(60, made)
     assert told[30].cursor["state"]["0"]["token"] > 0, "the resume is in the middle of a document"
     base = f"pipe:cat {made}" if way.startswith("pipe") else f"file://{made}" if way == "store" else server.url
-    limits = PATIENT._replace(cache=str(tmp_path / "cache") if "cache" in way else None)
+    limits = PATIENT._replace(cache=str(tmp_path / "cache") if "cache" in way else "")
     if way == "tight cache":
         limits = limits._replace(cache_gib=gib(LANES + 1, made))
     if way == "warm cache":
@@ -158,7 +158,7 @@ def test_rows_and_resume_do_not_depend_on_where_the_shards_are(made, server, tmp
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_source_that_fails_for_a_while_is_asked_again(made, server, tmp_path, cached):
-    limits = PATIENT._replace(cache=str(tmp_path / "cache") if cached else None)
+    limits = PATIENT._replace(cache=str(tmp_path / "cache") if cached else "")
     server.faults = {"manifest.json": ["503"], "shard-00001.tar": ["500", "cut", "wrong"]}
     assert blocks(Corpus(server.url, limits=limits)) == blocks(Corpus(made))
     assert (server.asked["manifest.json"], server.asked["shard-00001.tar"]) == (2, 4)
@@ -194,7 +194,7 @@ def test_a_stalled_source_is_reported_within_its_limit(server, fault, limits, mo
     assert time.monotonic() - began < most
 
 
-@pytest.mark.parametrize(("fault", "cache"), [("silent", "cache"), ("half", "cache"), ("half", None)])
+@pytest.mark.parametrize(("fault", "cache"), [("silent", "cache"), ("half", "cache"), ("half", "")])
 def test_lanes_go_on_without_a_stalled_shard(made, server, tmp_path, fault, cache):
     server.faults = {"shard-00001.tar": [fault] * 99}
     limits = STRICT._replace(cache=cache and str(tmp_path / cache))
