@@ -25,11 +25,11 @@ CELLS = [*product(CROSSED, EVERY_CHANNEL, EVERY_LAG), *(
 
 def config(token: str = "attention0", channel: str = "swiglu0", lag: str = "standard", layers: int = 4,
            **kw: object) -> ModelConfig:
-    """`token` may be "every", of which attention and GLA come first, or "others", which they are not among; `channel`
-    may be "between": dense blocks between pre-gated ones; `lag` may be "mixed"."""
+    """`token` may be "every", of attention and GLA, or "others", the recurrences beside them; `channel` may be
+    "between": dense blocks between pre-gated ones; `lag` may be "mixed"."""
     lags = list(LAGS.values()) if lag == "mixed" else [LAGS[lag]]
     channels = ["moe1", "swiglu0"] if channel == "between" else [channel]
-    tokens = {"every": [*TOKENS], "others": [name for name in TOKENS if name not in CROSSED]}.get(token, [token])
+    tokens = {"every": CROSSED, "others": [name for name in TOKENS if name not in CROSSED]}.get(token, [token])
     n = len(lags) * len(channels) * len(tokens)
     pick = lambda names, i: names[i % len(names)]
     blocks = {f"b{i}": BlockConfig(TOKENS[pick(tokens, i)], CHANNELS[pick(channels, i)], pick(lags, i))
