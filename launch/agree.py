@@ -5,6 +5,7 @@ ranks that differ might not start the same ones.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -26,6 +27,7 @@ LAYERS = ("launch", "parallel", "model", "ops", "kernels", "data")
 CODE, TORCH = "the code of stepladder", "the version of torch"
 START = 10.0                        # minutes that ranks may come after one another, however short the limit
 MARGIN = timedelta(seconds=30)      # for rank 0 to say whom it missed
+GOODBYE = timedelta(seconds=5)      # for the others to hear a verdict
 _round = itertools.count()          # a store outlives a run in tests: every question has a number of its own
 
 
@@ -43,6 +45,10 @@ def consult(store: dist.Store, rank: int, size: int, word: str, judge: Callable[
             [store.get(f"{key}/{r}").decode() for r in range(size)]) or "")
     store.wait([f"{key}/verdict"], limit + MARGIN)
     if verdict := store.get(f"{key}/verdict").decode():
+        store.set(f"{key}/heard/{rank}", "")
+        if rank == 0:                            # who may hold the store, and would take it along
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"{key}/heard/{r}" for r in range(size)], GOODBYE)
         raise Disagreement(verdict)
 
 

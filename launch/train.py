@@ -327,6 +327,9 @@ def run(args: argparse.Namespace) -> int:
     config.check(chosen, w.size)
     if args.timeline and chosen.parallel.pp == 1:
         raise config.ConfigError("--timeline draws a pipeline, but parallel.pp = 1; set parallel.pp or drop the flag")
+    if args.timeline and args.steps_now is not None and args.steps_now <= timeline.AFTER:
+        raise config.ConfigError(f"--timeline draws step {timeline.AFTER + 1} of this program, but --steps-now is "
+                                 f"{args.steps_now}; raise it or drop the flag")
     folder = Path(args.run or Path("runs") / Path(args.config).stem)
     if w.main:
         _claim(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,6 +19,7 @@ from stepladder.launch.config import Run
 # Bytes a second and GPU, of one 400 Gbit/s adapter each and of NVLink 4, one way: what the data sheets promise.
 BETWEEN_NODES, INSIDE_A_NODE = 50e9, 450e9
 H100 = 989e12                    # dense bf16 FLOP/s; assumed where the device is unknown
+PATIENCE = 20.0                  # seconds of silence at the rendezvous
 NOBODY = "RANK and WORLD_SIZE"   # the launcher of processes whose variables no launcher signed
 MPI = {                          # rank, size, and those on this machine
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -65,7 +68,12 @@ class World:
         if dist.is_initialized():
             return dist.distributed_c10d._get_default_store()
         where = f"tcp://{self.address}" if self.address else "env://"
+        patience = threading.Timer(PATIENCE, lambda: print(
+            f"rank {self.rank} of {self.size} still waits for others to come", file=sys.stderr, flush=True))
+        patience.daemon = True
+        patience.start()
         store = next(dist.rendezvous(where, self.rank, self.size))[0]
+        patience.cancel()
         # torchrun's store outlives a restart of its workers: what they said before must not be taken for an answer.
         return dist.PrefixStore(f"attempt/{self.attempt}", store)
 
