@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,6 @@ from torch import Tensor
 from stepladder.model.context import Context
 from stepladder.model.leaf import Leaf
 from stepladder.model.residual import Pending, Stats
-
-S = TypeVar("S")
 
 
 class TokenMixer(Leaf):
@@ -39,12 +37,25 @@ class TokenMixer(Leaf):
         """Forward FLOPs a token of mixing alone, mean over a row of T tokens; weight products come from the shapes."""
 
 
-def own(state: Any, kind: type[S]) -> S:
-    """The state, if it is of the mixer's kind."""
-    if not isinstance(state, kind):
-        its, ours = (c.__module__.rpartition(".")[2] for c in (type(state), kind))
-        raise ValueError(f"{ours} was given a state of {its}; give every layer what its own begin() made")
-    return state
+class Recurrent(TokenMixer):
+    """A token mixer that remembers its state and nothing else: mix() is both of its forms."""
+    State: type            # its NamedTuple
+
+    @abstractmethod
+    def mix(self, x: Tensor, state: Any, ctx: Context) -> tuple[Tensor, Any]:
+        """x (B, T, D) and a state, which stays as it is -> this rank's share of y (B, T, D), and the state after it."""
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.mix(x, self.begin(x.shape[0], 0, x), ctx)[0]
+
+    def step(self, x: Tensor, state: Any, ctx: Context) -> Tensor:
+        if not isinstance(state, self.State):
+            its, ours = (c.__module__.rpartition(".")[2] for c in (type(state), self.State))
+            raise ValueError(f"{ours} was given a state of {its}; give every layer what its own begin() made")
+        y, new = self.mix(x, state, ctx)
+        for z, z_new in zip(state, new, strict=True):
+            z.copy_(z_new)
+        return y
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal, rates, time_steps, uniform
-from stepladder.model.mixer import TokenMixer, own
+from stepladder.model.mixer import Recurrent
 from stepladder.ops import conv, delta
 from stepladder.ops.linear import linear, promote
 from stepladder.ops.norm import gated_norm, l2_norm
@@ -41,7 +41,8 @@ class State(NamedTuple):
     before: Tensor                   # (B, W - 1, C) what the convolution still needs of its last inputs
 
 
-class Mixer(TokenMixer):
+class Mixer(Recurrent):
+    State = State
     wq: Tensor                       # (G*K, D)
     wk: Tensor                       # (G*K, D)
     wv: Tensor                       # (H*V, D)
@@ -75,19 +76,10 @@ class Mixer(TokenMixer):
         self.weight("norm", V, init=constant(1.0))
         self.weight("wo", D, H * V, tp=1, units=G, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.mix(x, self.begin(x.shape[0], 0, x), ctx)[0]
-
     def begin(self, batch: int, length: int, like: Tensor) -> State:
         K, V, H = self.spec.key_dim, self.spec.value_dim, self.wa.shape[0]
         C = self.wq.shape[0] + self.wk.shape[0] + self.wv.shape[0]
         return State(promote(like.new_empty(0)).new_zeros(batch, H, K, V), like.new_zeros(batch, self.spec.taps - 1, C))
-
-    def step(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        y, new = self.mix(x, own(state, State), ctx)
-        for z, z_new in zip(state, new, strict=True):
-            z.copy_(z_new)
-        return y
 
     def flops(self, T: int) -> int:
         return 6 * self.wv.shape[0] * self.spec.key_dim

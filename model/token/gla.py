@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal
-from stepladder.model.mixer import TokenMixer, own
+from stepladder.model.mixer import Recurrent
 from stepladder.ops import gla
 from stepladder.ops.linear import linear, promote
 from stepladder.ops.norm import gated_norm
@@ -35,7 +35,8 @@ class State(NamedTuple):
     S: Tensor                        # (B, H, K, V) at least fp32
 
 
-class Mixer(TokenMixer):
+class Mixer(Recurrent):
+    State = State
     wq: Tensor                       # (H*K, D)
     wk: Tensor                       # (H*K, D)
     wv: Tensor                       # (H*V, D)
@@ -60,31 +61,23 @@ class Mixer(TokenMixer):
         self.weight("norm", V, init=constant(1.0))
         self.weight("wo", D, H * V, tp=1, units=H, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.mix(x, self.begin(x.shape[0], 0, x).S, ctx)[0]
-
     def begin(self, batch: int, length: int, like: Tensor) -> State:
         K, V = self.spec.key_dim, self.spec.value_dim
         return State(promote(like.new_empty(0)).new_zeros(batch, self.wq.shape[0] // K, K, V))
 
-    def step(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        y, S = self.mix(x, own(state, State).S, ctx)
-        state.S.copy_(S)
-        return y
-
     def flops(self, T: int) -> int:
         return 4 * self.wq.shape[0] * self.spec.value_dim
 
-    def mix(self, x: Tensor, S: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
         q, k = (promote(linear(x, w)).unflatten(-1, (-1, K)) for w in (self.wq, self.wk))
         v = promote(linear(x, self.wv)).unflatten(-1, (-1, V))
         g = promote(linear(linear(x, self.gate_down), self.gate_up)) + self.gate_bias
         g = (F.logsigmoid(g) / self.spec.tau).unflatten(-1, (-1, K))
         form = gla.recurrent if x.shape[1] == 1 else gla.chunked
-        y, S = form(q * K**-0.5, k, v, g, ctx.start, S)
+        y, S = form(q * K**-0.5, k, v, g, ctx.start, state.S)
         gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
-        return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), S
+        return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), State(S)
 
 
 TINY = [Spec(heads=4, key_dim=8, value_dim=16)]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal, time_steps, uniform
-from stepladder.model.mixer import TokenMixer, own
+from stepladder.model.mixer import Recurrent
 from stepladder.ops import conv, scan
 from stepladder.ops.linear import linear, promote
 
@@ -37,7 +37,8 @@ class State(NamedTuple):
     before: Tensor                   # (B, W - 1, E) what the convolution still needs of its last inputs
 
 
-class Mixer(TokenMixer):
+class Mixer(Recurrent):
+    State = State
     wx: Tensor                       # (E, D)
     wz: Tensor                       # (E, D) gate
     conv_x: Tensor                   # (E, W)
@@ -65,19 +66,10 @@ class Mixer(TokenMixer):
         self.weight("skip", E, tp=0, init=constant(1.0))
         self.weight("wo", D, E, tp=1, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.mix(x, self.begin(x.shape[0], 0, x), ctx)[0]
-
     def begin(self, batch: int, length: int, like: Tensor) -> State:
         E = self.wx.shape[0]
         return State(promote(like.new_empty(0)).new_zeros(batch, E, self.spec.state),
                      like.new_zeros(batch, self.spec.taps - 1, E))
-
-    def step(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        y, new = self.mix(x, own(state, State), ctx)
-        for z, z_new in zip(state, new, strict=True):
-            z.copy_(z_new)
-        return y
 
     def flops(self, T: int) -> int:
         return 4 * self.wx.shape[0] * self.spec.state

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal
-from stepladder.model.mixer import TokenMixer, own
+from stepladder.model.mixer import Recurrent
 from stepladder.model.token.attention import angles, rotate
 from stepladder.ops import ssd
 from stepladder.ops.linear import linear, promote
@@ -43,7 +43,8 @@ class State(NamedTuple):
     S: Tensor                        # (B, H, K, V) at least fp32
 
 
-class Mixer(TokenMixer):
+class Mixer(Recurrent):
+    State = State
     wq: Tensor                       # (H*K, D)
     wk: Tensor                       # (H*K, D)
     wv: Tensor                       # (H*V, D)
@@ -70,17 +71,9 @@ class Mixer(TokenMixer):
         self.weight("norm", V, init=constant(1.0))
         self.weight("wo", D, H * V, tp=1, units=H, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.mix(x, self.begin(x.shape[0], 0, x).S, ctx)[0]
-
     def begin(self, batch: int, length: int, like: Tensor) -> State:
         K, V = self.spec.key_dim, self.spec.value_dim
         return State(promote(like.new_empty(0)).new_zeros(batch, self.wq.shape[0] // K, K, V))
-
-    def step(self, x: Tensor, state: State, ctx: Context) -> Tensor:
-        y, S = self.mix(x, own(state, State).S, ctx)
-        state.S.copy_(S)
-        return y
 
     def flops(self, T: int) -> int:
         return 4 * self.wq.shape[0] * self.spec.value_dim
@@ -88,7 +81,7 @@ class Mixer(TokenMixer):
     def table(self, ctx: Context, dtype: torch.dtype) -> Tensor | None:
         return angles(ctx.pos, self.spec.key_dim, self.spec.theta).to(dtype) if self.spec.theta else None
 
-    def mix(self, x: Tensor, S: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
         q, k = (promote(linear(x, w)).unflatten(-1, (-1, K)) for w in (self.wq, self.wk))
         if ctx.table is not None:
@@ -99,9 +92,9 @@ class Mixer(TokenMixer):
         else:
             g = F.logsigmoid(promote(linear(x, self.gate)) + self.gate_bias) / self.spec.tau
         form = ssd.recurrent if x.shape[1] == 1 else ssd.chunked
-        y, S = form(q * K**-0.5, k, v, g, ctx.start, S)
+        y, S = form(q * K**-0.5, k, v, g, ctx.start, state.S)
         gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
-        return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), S
+        return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), State(S)
 
 
 def fixed(p: Tensor, gen: torch.Generator) -> Tensor:
