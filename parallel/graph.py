@@ -1,7 +1,7 @@
 """A micro-batch's pass as a CUDA graph: recorded once, then started with one call.
 
-Forward and backward of a layer are some 70 kernels, and a host may take longer over their calls than tensor-parallel GPUs
-over the work: 62 ms beside 58 for twelve layers of an 8B shape over two H200, so that nothing was left to hide under.
+Forward and backward of a layer are some 70 kernels, and a host may take longer over their calls than tensor-parallel
+GPUs over the work: 62 ms beside 58 for twelve layers of an 8B shape over two H200, with nothing left to hide under.
 """
 from __future__ import annotations
 
