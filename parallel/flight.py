@@ -31,6 +31,7 @@ class Started(NamedTuple):
     y: Tensor
     work: dist.Work | torch.cuda.Event | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    source: Tensor | None = None           # what it reads, where that is not what was given
 
 
 Trip = Callable[[Tensor], Started]
@@ -115,12 +116,13 @@ class _Flight:
 
     def land(self) -> Tensor:
         assert self.under_way is not None
-        (x, (y, _, finish), work), self.under_way = self.under_way, None
+        (x, (y, _, finish, source), work), self.under_way = self.under_way, None
         if work is not None:
             with torch.no_grad():    # gloo's reduce-scatter copies into y here; autograd would take that for the maths
                 work.wait()
-        # Both were made on the lane that started, and may be forgotten by this one while it still uses them.
-        _used_by(torch.cuda.current_stream() if y.is_cuda else None, (x, y))
+        # They were made on the lane that started, and may be forgotten while they are still read: a collective holds
+        # what it reads until wait() is called, and that only tells this lane when it is over.
+        _used_by(torch.cuda.current_stream() if y.is_cuda else None, (x, source, y))
         return y if finish is None else finish(y)
 
 

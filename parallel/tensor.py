@@ -45,9 +45,9 @@ class Ranks:
         """x (B, t, D) of every rank -> (B, n t, D)."""
         if self.copies is not None:
             return Started(*self.copies[self.lanes.beside()].gather(x), _join)
-        out = x.new_empty(self.n, *x.shape)
-        work = _all_gather_single(out.flatten(0, 1), x.contiguous(), group=self.group(), async_op=True)
-        return Started(out, self._track(work, "all-gather"), _join)
+        x, out = x.contiguous(), x.new_empty(self.n, *x.shape)
+        work = _all_gather_single(out.flatten(0, 1), x, group=self.group(), async_op=True)
+        return Started(out, self._track(work, "all-gather"), _join, x)
 
     def scatter(self, y: Tensor) -> Started:
         """y (B, T, D) shares -> this rank's tokens (B, T/n, D) of their sum."""
@@ -57,7 +57,7 @@ class Ranks:
         parts = parts.contiguous()
         out = torch.empty_like(parts[0])
         work = _reduce_scatter_single(out, parts.flatten(0, 1), group=self.group(), async_op=True)
-        return Started(out, self._track(work, "reduce-scatter"))
+        return Started(out, self._track(work, "reduce-scatter"), source=parts)
 
     def add_up(self, y: Tensor) -> Started:
         """y shares -> their sum."""
@@ -72,9 +72,9 @@ class Ranks:
 
     def exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Started:
         """rows (sum of send, D), those for rank 0 first -> (sum of receive, D), those from rank 0 first."""
-        out = rows.new_empty(sum(receive), rows.shape[1])
-        work = dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group(), async_op=True)
-        return Started(out, self._track(work, "all-to-all"))
+        rows, out = rows.contiguous(), rows.new_empty(sum(receive), rows.shape[1])
+        work = dist.all_to_all_single(out, rows, receive, send, group=self.group(), async_op=True)
+        return Started(out, self._track(work, "all-to-all"), source=rows)
 
     def total(self, v: Tensor) -> Tensor:
         return _Total.apply(v, self)  # pyright: ignore[reportReturnType]

@@ -188,3 +188,29 @@ def test_private_set_sequence_nr_moves_a_node_back() -> None:
     early.grad_fn._set_sequence_nr(before - 1)  # pyright: ignore
     (late + early).backward()
     assert ran == ["late", "early"]
+
+
+def test_what_a_collective_reads_is_known_until_it_has_landed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy that a scatter reads is freed by wait(): the lane that lands must have told the allocator of it."""
+    told: list[torch.Tensor] = []
+    monkeypatch.setattr(flight, "_used_by", lambda stream, things: told.extend(t for t in things if t is not None))
+    copied = torch.zeros(3)
+    Lanes(CPU).start(torch.ones(2), lambda t: Started(t * 2, source=copied), lambda g: Started(g)).wait()
+    assert any(t is copied for t in told)
+
+
+def sources(rank: int, n: int) -> list[bool]:
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    reached, y = tensor.Ranks(Lanes(CPU), group), torch.ones(3, 2 * n, 4)
+    rows = torch.ones(4, 2 * n).t()
+    started = reached.scatter(y), reached.gather(y.transpose(1, 2)), reached.exchange(rows, [2] * n, [2] * n)
+    for s in started:
+        assert s.work is not None
+        with torch.no_grad():
+            s.work.wait()
+    return [s.source is not None and s.source.is_contiguous() for s in started]
+
+
+def test_every_collective_that_reads_a_copy_names_it() -> None:
+    assert ranks.run(2, sources) == [[True] * 3] * 2
