@@ -1,0 +1,31 @@
+"""What kernels share."""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Read once, as triton reads it: kernels are interpreted on the CPU, one operation at a time (TRITON_INTERPRET=1).
+INTERPRET: bool = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
+LOG2E = tl.constexpr(1.4426950408889634)      # exponents are formed for exp2: one instruction, no multiplication
+_INTERPRET = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b (+ acc), summed in fp32; products of fp32 tiles take three tf32 passes and are right to some 1e-6.
+
+    The interpreter multiplies bf16 as the integers that hold its bits, without a word: there, both are made fp32.
+    """
+    if _INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if acc is None:
+        return tl.dot(a, b, input_precision="tf32x3")
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of x's device; those of an H100 where there is none to ask."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132

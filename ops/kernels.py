@@ -1,0 +1,29 @@
+"""Whether a kernel runs; where it does not, the torch form does, and one line says why."""
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Families whose GPU tests have passed on a GPU. Others run only where a test or a bench calls them by name.
+SEEN: frozenset[str] = frozenset()
+
+
+def runs(family: str, x: Tensor, *reasons: str | None) -> bool:
+    """Whether `family` computes with x: on CUDA, where nothing speaks against it. A reason is words, or None.
+
+    Traced models ask too, so reasons come from shapes and types, never from values.
+    """
+    if not x.is_cuda or family not in SEEN:
+        return False
+    why = next(filter(None, reasons), None)
+    if why and not torch.compiler.is_compiling():
+        _say(f"{family}: no kernel for {why}; running the torch form")
+    return why is None
+
+
+@cache                          # once a process
+def _say(line: str) -> None:
+    logging.getLogger(__name__).warning(line)

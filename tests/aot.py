@@ -1,0 +1,84 @@
+"""What kernels become on a Hopper GPU, without one: the launches of a function, compiled ahead of time.
+
+    python tests/aot.py FAMILY     prints a line of JSON for each kernel that tests/aot_cases.py launches
+
+It runs the very launch code of kernels/ on CPU tensors: triton is told that the device is an H100, and that it should
+compile and not start. Not under TRITON_INTERPRET.
+"""
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+LIMIT = 227 * 1024          # bytes of shared memory that a block of sm_90 can have
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Compiled(NamedTuple):
+    kernel: str
+    constants: str
+    registers: int
+    spills: int             # loads from and stores to local memory, counted in the machine code
+    shared: int             # bytes
+
+
+class Hopper:
+    """A driver of a GPU that is not there."""
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+
+@contextmanager
+def compiling() -> Iterator[list[Compiled]]:
+    """Launches in here are compiled for sm_90, not started; the list fills."""
+    out: list[Compiled] = []
+    run: Callable[..., Any] = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        made = run(self, *args, grid=grid, warmup=True, **options)
+        names = [p.name for p in self.params if p.is_constexpr]
+        said = {n: v for n, v in dict(zip(self.arg_names, args, strict=False)).items() if n in names} | options
+        out.append(measure(self.__name__, said, made))
+        return made
+
+    driver.set_active(Hopper())        # pyright: ignore[reportArgumentType]
+    JITFunction.run = compile_only     # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield out
+    finally:
+        JITFunction.run = run
+        driver.reset_active()
+
+
+def measure(name: str, said: dict[str, Any], made: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(made.asm["cubin"])
+        f.flush()
+        usage, code = (subprocess.run([TOOL, flag, f.name], capture_output=True, text=True, check=True).stdout
+                       for flag in ("-res-usage", "-sass"))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return Compiled(name, " ".join(f"{k}={v}" for k, v in said.items()), int(registers[1]),
+                    len(re.findall(r"\b(?:LDL|STL)\b", code)), made.metadata.shared)
+
+
+if __name__ == "__main__":
+    from importlib import import_module
+    cases = import_module("aot_cases")
+    with compiling() as found:
+        getattr(cases, sys.argv[1])()
+    for one in found:
+        print(json.dumps(one._asdict()))
