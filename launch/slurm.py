@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from stepladder.launch import config
+from stepladder.launch import config, rules
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "slurm" / "train.sbatch"
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = config.load(args.config, args.overrides)
     # A login node has no GPU, which says nothing about the nodes of the job.
     here = replace(chosen, train=replace(chosen.train, device="cpu", graph=False))
-    config.check(here, args.nodes * args.per_node)
+    rules.check(here, args.nodes * args.per_node)
     folder = Path(args.run or Path("runs") / Path(args.config).stem).absolute()
     options = {"job-name": Path(args.config).stem, "nodes": str(args.nodes), "time": args.time,
                "partition": args.partition, "account": args.account,

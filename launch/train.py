@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from stepladder.data import loader as data
 from stepladder.data.fetch import Limits
-from stepladder.launch import agree, config, timeline, world
+from stepladder.launch import agree, config, rules, timeline, world
 from stepladder.launch.events import Events, Stop
 from stepladder.launch.log import Log
 from stepladder.model.context import borders
@@ -324,7 +324,7 @@ def run(args: argparse.Namespace) -> int:
     """The program: `stepladder train`."""
     w = world.find()
     chosen = config.load(args.config, args.overrides)
-    config.check(chosen, w.size)
+    rules.check(chosen, w.size)
     if args.timeline and chosen.parallel.pp == 1:
         raise config.ConfigError("--timeline draws a pipeline, but parallel.pp = 1; set parallel.pp or drop the flag")
     if args.timeline and args.steps_now is not None and args.steps_now <= timeline.AFTER:

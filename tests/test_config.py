@@ -1,4 +1,4 @@
-"""launch/config.py: what a TOML file may say, and the sentence for what it may not."""
+"""launch/config.py and rules.py: what a TOML file may say, and the sentence for what it may not."""
 from __future__ import annotations
 
 import copy
@@ -7,8 +7,9 @@ import tomllib
 from dataclasses import asdict
 
 import pytest
+import torch
 
-from stepladder.launch import config
+from stepladder.launch import config, rules
 from stepladder.launch.config import ConfigError
 from stepladder.parallel import support
 from stepladder.parallel.support import UnsupportedError
@@ -179,7 +180,7 @@ def test_a_bad_table_gets_a_sentence(path, value, sentence):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_sound_run_passes(world):
     run = parsed(**{"parallel.tp": min(world, 2)})
-    config.check(run, world)
+    rules.check(run, world)
     plan = config.derived(run, world)
     assert plan.dp * plan.accumulation * run.data.rows * run.data.seq == run.data.batch_tokens
     assert plan.dp == max(1, world // 2)
@@ -239,33 +240,33 @@ TP2 = {"parallel.tp": 2}
     (1, {"optimizer.decay_steps": 10}, 'optimizer.decay_steps = 10 is for schedule = "wsd", but the schedule'),
 ])
 def test_what_cannot_run_is_refused_with_a_way_out(world, changes, sentence):
-    text = says(config.check, parsed(**changes), world)
+    text = says(rules.check, parsed(**changes), world)
     assert text.startswith(sentence)
     assert ";" in text    # the way out
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(config.torch.cuda, "is_available", lambda: False)
-    assert says(config.check, parsed(**{"train.device": "cuda"}), 1).startswith('train.device = "cuda", but torch ')
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert says(rules.check, parsed(**{"train.device": "cuda"}), 1).startswith('train.device = "cuda", but torch ')
     assert config.derived(parsed(), 1).device == "cpu"
 
 
 def test_an_unlisted_combination_is_refused_by_the_support_table(monkeypatch):
     monkeypatch.setattr(support, "LAYOUTS", [f for f in support.LAYOUTS if f != {"tp", "ep", "hsdp"}])
     with pytest.raises(UnsupportedError, match="tp x ep x hsdp is not a supported layout; the nearest is ep x hsdp"):
-        config.check(parsed(**TP2 | {"parallel.ep": 2, "parallel.dp_replicate": 2}), 8)
+        rules.check(parsed(**TP2 | {"parallel.ep": 2, "parallel.dp_replicate": 2}), 8)
 
 
 def test_tied_embeddings_may_be_on_two_stages():
-    config.check(parsed(**{"model.tied": True, "parallel.pp": 2}), 2)
+    rules.check(parsed(**{"model.tied": True, "parallel.pp": 2}), 2)
 
 
 def test_fewer_kv_heads_than_tensor_ranks_are_fine():
-    config.check(parsed(**{"parallel.tp": 4}), 4)
+    rules.check(parsed(**{"parallel.tp": 4}), 4)
 
 
 def test_unused_blocks_are_not_checked():
-    config.check(parsed(**TP2 | DENSE | {"model.blocks.gla.token.heads": 3}), 2)
+    rules.check(parsed(**TP2 | DENSE | {"model.blocks.gla.token.heads": 3}), 2)
 
 
 @pytest.mark.parametrize(("changes", "shards"), [
@@ -276,10 +277,10 @@ def test_shards_follow_from_the_copies(changes, shards):
 
 
 def test_determinism_is_the_cpu_default_only(monkeypatch):
-    monkeypatch.setattr(config.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert config.derived(parsed(), 1).deterministic
     assert not config.derived(parsed(**{"train.deterministic": False}), 1).deterministic
-    monkeypatch.setattr(config.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert config.derived(parsed(), 1)[-2:] == ("cuda", False)
 
 
@@ -290,9 +291,9 @@ def test_a_width_that_does_not_divide_by_the_heads_is_refused_with_both():
              "train": {"steps": 1, "device": "cpu"}, "optimizer": {"lr": 1e-3}}
     said = r"model\.blocks\.a\.token: model width = 32 .* heads = 5 .* set head_dim"
     with pytest.raises(config.ConfigError, match=said):
-        config.check(config.parse(table), 1)
+        rules.check(config.parse(table), 1)
     block["token"]["heads"] = 4                       # head_dim is width / heads then
-    config.check(config.parse(table), 1)
+    rules.check(config.parse(table), 1)
 
 
 @pytest.mark.parametrize(("world", "changes", "sentence"), [
@@ -302,11 +303,11 @@ def test_a_width_that_does_not_divide_by_the_heads_is_refused_with_both():
     (1, {"train.dtype": "fp32"}, "model.blocks.gla.channel.engine = 'grouped' with train.dtype = 'fp32' counts on"),
 ])
 def test_a_pass_that_cannot_be_recorded_is_refused(monkeypatch, world, changes, sentence):
-    monkeypatch.setattr(config.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     run = parsed(**{"train.graph": True, "train.dtype": "bf16", "train.device": "cuda"} | changes)
-    assert says(config.check, run, world).startswith(sentence)
+    assert says(rules.check, run, world).startswith(sentence)
 
 
 def test_a_recorded_pass_needs_a_gpu():
     run = parsed(**{"train.graph": True, "train.device": "cpu"})
-    assert says(config.check, run, 1).startswith("train.graph = true records the work of a GPU, but this run is on the")
+    assert says(rules.check, run, 1).startswith("train.graph = true records the work of a GPU, but this run is on the")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stepladder.launch import cli, config, demo
+from stepladder.launch import cli, config, demo, rules
 from stepladder.model.decoder import parameters
 
 EXAMPLES = demo.EXAMPLES
@@ -117,7 +117,7 @@ def test_without_its_examples_the_demo_says_where_to_run_it(
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_example_runs_are_sound_and_of_the_size_in_their_name(path: Path):
     run = config.load(path)
-    config.check(run, 1)
+    rules.check(run, 1)
     if size := re.search(r"-(\d+)([mb])$", path.stem):
         named = int(size[1]) * {"m": 1e6, "b": 1e9}[size[2]]
         assert named <= parameters(run.model)[0] < 1.5 * named
@@ -125,4 +125,4 @@ def test_the_example_runs_are_sound_and_of_the_size_in_their_name(path: Path):
 
 def test_the_demo_run_fits_its_four_processes():
     rows = config.load(EXAMPLES / "demo.toml").data.rows // 2
-    config.check(config.load(EXAMPLES / "demo.toml", ["parallel.tp=2", "parallel.pp=2", f"data.rows={rows}"]), 4)
+    rules.check(config.load(EXAMPLES / "demo.toml", ["parallel.tp=2", "parallel.pp=2", f"data.rows={rows}"]), 4)

@@ -18,7 +18,7 @@ from test_parity import on_mesh
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepladder.launch import config
+from stepladder.launch import config, rules
 from stepladder.model.config import BlockConfig
 from stepladder.model.context import Context
 from stepladder.model.decoder import blocks, parameters
@@ -346,7 +346,7 @@ def test_a_mixer_compiles_without_a_break(token: str) -> None:
 def test_hybrids_are_ready_to_run(name: str, full: list[int], windows: int) -> None:
     path = EXAMPLES / f"gated-delta-{name}.toml"
     run = config.load(path, [])
-    config.check(run, 1)
+    rules.check(run, 1)
     tokens = [block.token for block in run.model.kinds()]
     assert [i for i, t in enumerate(tokens) if t.kind == "attention" and not t.window] == full
     assert sum(t.kind == "attention" and t.window > 0 for t in tokens) == windows

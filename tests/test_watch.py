@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from stepladder.data.loader import Batch, Loader
-from stepladder.launch import agree, cli, config, world
+from stepladder.launch import agree, cli, config, rules, world
 from stepladder.parallel.checkpoint import Ranks
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
@@ -436,9 +436,9 @@ def test_one_line_says_how_ranks_are_laid_out(layout: Parallel, n: int, says: st
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do(toml: Path) -> None:
     with pytest.raises(config.ConfigError) as caught:
-        config.check(config.load(toml, ["data.lanes=4", "data.batch_tokens=384", "parallel.tp=2"]), 6)
+        rules.check(config.load(toml, ["data.lanes=4", "data.batch_tokens=384", "parallel.tp=2"]), 6)
     assert str(caught.value).endswith("so set it to a multiple; as it is, it runs on dp = 1, 2, 4 (2, 4, 8 processes)")
-    config.check(config.load(toml, ["data.lanes=4", "data.batch_tokens=384", "parallel.tp=2"]), 8)
+    rules.check(config.load(toml, ["data.lanes=4", "data.batch_tokens=384", "parallel.tp=2"]), 8)
 
 
 def test_tensor_parallelism_over_a_slow_link_is_warned_of_with_its_cost(toml: Path) -> None:
