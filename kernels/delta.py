@@ -1,0 +1,168 @@
+"""The delta rule, forward: what tokens of a chunk do to one another, then states and outputs from chunk to chunk.
+
+With w_t = v_t - k_t exp(g_t) S_{t-1}, so that u_t = beta_t w_t, a chunk of the state S is
+
+    (I + N) w = v - since * (k S)      N_ij = D_ij beta_j k_i.k_j for j < i: A = (I + N)^-1 needs keys and gates alone
+    y = since * (q S) + P (beta w)     P_ij = D_ij q_i.k_j for j <= i
+    S' = keep S + k^T (until beta w)   D_ij, since, until, keep: decays between tokens, and to the chunk's edges
+
+Documents are masks, never gates, and stay with the gates in the first kernel: the loop over chunks knows of neither.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepladder.kernels.tiles import LOG2E, dot
+
+CHUNK = 64
+FLOOR = tl.constexpr(-1e5)    # exp2 of it is 0, and differences of sums of it are no NaN, as those of -inf would be
+
+
+@triton.jit
+def _add(sum1, rest1, sum2, rest2):
+    """Two-sum: what rounding takes from a sum is kept beside it."""
+    total = sum1 + sum2
+    part = total - sum1
+    return total, rest1 + rest2 + ((sum1 - (total - part)) + (sum2 - part))
+
+
+@triton.jit
+def decays(g, doc, b, h, c, T, H, C: tl.constexpr, GATED: tl.constexpr):
+    """D (C, C), symmetric, since and until (C,). -1 in since: the token is of a document that began in this chunk.
+
+    Sums of gates are pairs of numbers: a difference of two would lose what small gates say after large ones.
+    Tokens beyond the row go on with its last document and do not decay, so since ends with what the state keeps.
+    """
+    r = tl.arange(0, C)
+    row = b.to(tl.int64) * T
+    mine = tl.load(doc + row + tl.minimum(c * C + r, T - 1))
+    before = tl.load(doc + row + c * C - 1, mask=c > 0, other=0)
+    last = tl.load(doc + row + tl.minimum(c * C + C, T) - 1)
+    same = mine[:, None] == mine[None, :]
+    if GATED:
+        x = tl.load(g + (row + c * C + r) * H + h, mask=c * C + r < T, other=0.0).to(tl.float32) * LOG2E
+        x = tl.where(x < FLOOR, FLOOR, x)
+        s, rest = tl.associative_scan((x, tl.zeros_like(x)), 0, _add)
+        D = (s[:, None] - s[None, :]) + (rest[:, None] - rest[None, :])
+        D = tl.where(same, tl.where(r[:, None] < r[None, :], -D, D), 0.0)
+        end = tl.sum(tl.where(r == C - 1, s, 0.0), 0)
+        end_rest = tl.sum(tl.where(r == C - 1, rest, 0.0), 0)
+        return (tl.where(same, tl.exp2(D), 0.0), tl.where(mine == before, tl.exp2(s + rest), -1.0),
+                tl.where(mine == last, tl.exp2((end - s) + (end_rest - rest)), 0.0))
+    return same.to(tl.float32), tl.where(mine == before, 1.0, -1.0), (mine == last).to(tl.float32)
+
+
+@triton.jit
+def _inside(q, k, g, beta, doc, A, P, edges, T, H, G, K: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr,
+            EVEN: tl.constexpr, LEVELS: tl.constexpr, INNER: tl.constexpr):
+    c, bh = tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    r, n = tl.arange(0, C), tl.arange(0, K)
+    ok = (c * C + r < T) | EVEN
+    row = b.to(tl.int64) * T + c * C + r
+    rows = (row * G + h // (H // G))[:, None] * K + n[None, :]
+    kt = tl.load(k + rows, mask=ok[:, None], other=0.0)
+    strength = tl.load(beta + row * H + h, mask=ok, other=0.0).to(tl.float32)
+    D, since, until = decays(g, doc, b, h, c, T, H, C, GATED)
+    at = (bh.to(tl.int64) * tl.num_programs(0) + c) * C
+    tl.store(edges + at + r, since)
+    tl.store(edges + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * C + at + r, until)
+    i, j = r[:, None], r[None, :]
+    tile = (at + i) * C + j
+    qt = tl.load(q + rows, mask=ok[:, None], other=0.0)
+    tl.store(P + tile, tl.where(i >= j, D * dot(qt, tl.trans(kt)), 0.0).to(P.dtype.element_ty))
+    N = (tl.where(i > j, D * dot(kt, tl.trans(kt)), 0.0) * strength[None, :]).to(INNER)
+    X = tl.where(i == j, 1.0, 0.0)
+    # Blocks of the diagonal are inverted, then pairs of them joined: [[X1, 0], [-X2 N21 X1, X2]]. Whatever is formed
+    # is bounded by beta, so fp16 does; powers of N, a Neumann series, would grow like binomial coefficients.
+    for level in tl.static_range(LEVELS):
+        corner = (i >> level + 1 == j >> level + 1) & (i >> level > j >> level)
+        below = tl.where(corner, N, 0.0).to(INNER)
+        if level == 0:
+            X -= below.to(tl.float32)
+        else:
+            X -= dot(X.to(INNER), dot(below, X.to(INNER)).to(INNER))
+    tl.store(A + tile, X.to(A.dtype.element_ty))
+
+
+@triton.jit
+def edges_of(edges, bh, c, NT, C: tl.constexpr):
+    """since, until (C,) and keep of a chunk; negative since and keep stand for a border between documents."""
+    at = (bh.to(tl.int64) * NT + c) * C
+    r = tl.arange(0, C)
+    until = tl.load(edges + tl.num_programs(1).to(tl.int64) * NT * C + at + r)
+    return tl.load(edges + at + r), until, tl.load(edges + at + C - 1)
+
+
+@triton.jit
+def _across(q, k, v, beta, A, P, edges, before, y, w, states, after, T, NT, length, H, G, K: tl.constexpr,
+            V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, OUT: tl.constexpr, SAVE: tl.constexpr,
+            EVEN: tl.constexpr, STAGES: tl.constexpr):
+    bh, segment = tl.program_id(1), tl.program_id(2)
+    b, h = bh // H, bh % H
+    r, n, m = tl.arange(0, C), tl.arange(0, K), tl.program_id(0) * BV + tl.arange(0, BV)
+    state = n[:, None] * V + m[None, :]
+    at = (bh.to(tl.int64) * tl.num_programs(2) + segment) * K * V + state
+    S = tl.load(before + at)
+    for c in tl.range(segment * length, tl.minimum(segment * length + length, NT), num_stages=STAGES):
+        ok = (c * C + r < T) | EVEN
+        row = b.to(tl.int64) * T + c * C + r
+        keys = (row * G + h // (H // G))[:, None] * K + n[None, :]
+        values = (row * H + h)[:, None] * V + m[None, :]
+        chunk = bh.to(tl.int64) * NT + c
+        tile = chunk * C * C + r[:, None] * C + r[None, :]
+        kt = tl.load(k + keys, mask=ok[:, None], other=0.0)
+        vt = tl.load(v + values, mask=ok[:, None], other=0.0)
+        strength = tl.load(beta + row * H + h, mask=ok, other=0.0).to(tl.float32)
+        since, until, keep = edges_of(edges, bh, c, NT, C)
+        Sb = S.to(kt.dtype)
+        if SAVE:
+            tl.store(states + chunk * K * V + state, Sb)
+        # Where a document began the state is left out, not multiplied by 0: it may be NaN.
+        error = vt.to(tl.float32) - tl.where(since[:, None] < 0, 0.0, dot(kt, Sb) * since[:, None])
+        wt = dot(tl.load(A + tile), error.to(kt.dtype))
+        if SAVE:
+            tl.store(w + values, wt.to(kt.dtype), mask=ok[:, None])
+        wt *= strength[:, None]
+        if OUT:
+            qt = tl.load(q + keys, mask=ok[:, None], other=0.0)
+            out = tl.where(since[:, None] < 0, 0.0, dot(qt, Sb) * since[:, None])
+            out = dot(tl.load(P + tile), wt.to(kt.dtype), out)
+            tl.store(y + values, out.to(kt.dtype), mask=ok[:, None])
+        S = dot(tl.trans(kt), (wt * until[:, None]).to(kt.dtype), tl.where(keep < 0, 0.0, S * keep))
+    tl.store(after + at, S)
+
+
+class Forward(NamedTuple):
+    y: Tensor             # (B, T, H, V)
+    S: Tensor             # (B, H, K, V) fp32
+    A: Tensor             # (B, H, N, C, C)
+    edges: Tensor         # (2, B, H, N, C) fp32: since and until
+    P: Tensor             # as A
+    w: Tensor             # (B, T, H, V)
+    states: Tensor        # (B, H, N, K, V) before each chunk
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor,
+            save: bool, chunk: int = CHUNK) -> Forward:
+    """q, k (B, T, G, K), v (B, T, H, V) of one 16-bit type or fp32, g (none: no decay) and beta (B, T, H), doc (B, T)
+    int32 documents begun so far, S (B, H, K, V) fp32, all contiguous. Without save, w and states are empty."""
+    B, T, H, V = v.shape
+    G, K, NT, C = q.shape[2], q.shape[3], triton.cdiv(T, chunk), chunk
+    A, P = q.new_empty(B, H, NT, C, C), q.new_empty(B, H, NT, C, C)
+    edges, y, after = S.new_empty(2, B, H, NT, C), torch.empty_like(v), torch.empty_like(S)
+    w, states = (torch.empty_like(v), q.new_empty(B, H, NT, K, V)) if save else (v.new_empty(0), v.new_empty(0))
+    even, inner = T % C == 0, tl.float32 if q.dtype == torch.float32 else tl.float16
+    _inside[NT, B * H](q, k, beta if g is None else g, beta, doc, A, P, edges, T, H, G, K, C, g is not None, even,
+                       C.bit_length() - 1, inner,
+                       num_warps=4)
+    BV, warps, stages = 32, 4, 2
+    BV = min(BV, V)
+    _across[V // BV, B * H, 1](q, k, v, beta, A, P, edges, S, y, w, states, after, T, NT, NT, H, G, K, V, C, BV,
+                               True, save, even, stages, num_warps=warps)
+    return Forward(y, after, A, edges, P, w, states)
