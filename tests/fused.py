@@ -45,7 +45,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def outcome(f: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs of f(**inputs) as "y", "S", and the gradients "dq", ... of a random linear function of all of them."""
+    """Outputs of f(**inputs) as "y" and "S", and the gradients "dq", ... of a random linear function of all of them."""
     inputs = {n: x.detach().requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
     out = f(**inputs)
     loss = sum((z * randn(*z.shape, seed=100 + i).to(z)).sum() for i, z in enumerate(out))
@@ -53,7 +53,7 @@ def outcome(f: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, Tenso
     grads = torch.autograd.grad(loss, [*wrt.values()])              # pyright: ignore[reportArgumentType]
     for (n, x), dx in zip(wrt.items(), grads, strict=True):
         assert (dx.shape, dx.dtype) == (x.shape, x.dtype), n
-    return dict(zip(("y", "S"), out, strict=True)) | {f"d{n}": dx for n, dx in zip(wrt, grads, strict=True)}
+    return dict(zip(("y", "S"), out, strict=False)) | {f"d{n}": dx for n, dx in zip(wrt, grads, strict=True)}
 
 
 def errors(fast: Callable[..., Any], definition: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, float]:
