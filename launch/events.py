@@ -1,4 +1,4 @@
-"""What befell a run: RUN/events.jsonl, the marker RUN/unfinished, and the signals that ask it to stop.
+"""What befell a run: RUN/events.jsonl, and the marker RUN/unfinished.
 
 The marker stands for as long as the run should be started again: from its first step until it is finished, stopped by
 --steps-now, or failed by something that would fail again. A process that is killed has no time to leave one, so it is
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,24 +61,6 @@ class Events:
             if ours and not isinstance(error, LostRank):
                 self.over()
             raise
-
-
-class Stop:
-    """TERM, USR1 and Ctrl-C ask for a checkpoint and an end; every rank learns it with the next report.
-
-    Any of them may come several times, to one rank or to all: launchers pass on what Slurm sends to everyone anyway.
-    """
-
-    def __init__(self) -> None:
-        self.asked = ""                                        # the signal's name
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            with contextlib.suppress(ValueError):              # not in the main thread: a test
-                signal.signal(number, self._ask)
-
-    def _ask(self, number: int, _: object) -> None:
-        self.asked = self.asked or signal.Signals(number).name
-        if number == signal.SIGINT:                            # the second one ends the program at once
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read(run: Path) -> list[dict[str, Any]]:

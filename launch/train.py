@@ -19,8 +19,9 @@ import torch.distributed as dist
 from stepladder.data import loader as data
 from stepladder.data.fetch import Limits
 from stepladder.launch import agree, config, rules, timeline, world
-from stepladder.launch.events import Events, Stop
+from stepladder.launch.events import Events
 from stepladder.launch.log import Log
+from stepladder.launch.stop import Stop
 from stepladder.model.context import borders
 from stepladder.model.decoder import flops, parameters
 from stepladder.parallel import checkpoint, spans
@@ -39,11 +40,11 @@ class TrainingError(RuntimeError):
     """The run cannot go on; what was saved is intact."""
 
 
-def train_step(parts: Parts, optimizer: Optimizer, batches: list[data.Batch], lr: float, asked: bool) -> Report:
+def train_step(parts: Parts, optimizer: Optimizer, batches: list[data.Batch], lr: float) -> Report:
     """One optimizer step over this rank's micro-batches. Nothing here waits for the device."""
     result = parts.pipe([micro(b, parts.mesh.device) for b in batches])
     parts.sums()
-    return optimizer.step(result, lr, float(asked))
+    return optimizer.step(result, lr)
 
 
 def micro(b: data.Batch, device: torch.device) -> Micro:
@@ -85,6 +86,7 @@ class Trainer:
         self.loader = self._loader(meta.get("cursor"))
         with contextlib.ExitStack() as undo:            # readers that are left running would abort the interpreter
             undo.callback(self.loader.close)
+            undo.callback(self.stop.close)
             self._make(run, start, meta)
             undo.pop_all()
 
@@ -102,6 +104,7 @@ class Trainer:
         if start is not None:
             self.store.load(start, self.optimizer.state())
             self.optimizer.loaded()
+        self.stop.meet(self.meeting, self.world.rank, self.world.size, self.at + 1)
         self.skipped = int(self.optimizer.skipped)           # steps, as far as events.jsonl knows
         self.log = Log(self.folder, main=self.world.main, total_steps=run.train.steps, step=self.at,
                        every=run.train.log_every)
@@ -157,8 +160,8 @@ class Trainer:
         c, t = self.run.checkpoint, self.run.train
         waiting: _Late | None = None
         self.clock.start(self.loader.waited)
-        compared = 0
-        while self.at < end:
+        compared, save = 0, False
+        while self.at < end and self.stop.may_begin(self.at + 1):
             batches = [next(self.loader) for _ in range(self.plan.accumulation)]
             self.at += 1
             watch.step(self.at)
@@ -168,31 +171,37 @@ class Trainer:
             self.cursor = batches[-1].cursor
             self.tokens += self.run.data.batch_tokens
             lr = lr_at(self.at, self.run.optimizer, t.steps)
-            report = train_step(self.parts, self.optimizer, batches, lr, bool(self.stop.asked))
+            report = train_step(self.parts, self.optimizer, batches, lr)
             for mark in marks:
                 mark()
             late = _Late(self.at, self.tokens, lr, report, self.loader.waited)
             # A step is read when the next has been queued, so that the device never waits for the log.
-            stop = waiting is not None and self._record(waiting)
+            if waiting is not None:
+                self._record(waiting)
             waiting, last = late, self.at == end
             held_out = t.eval_every > 0 and (last or self.at % t.eval_every == 0)
             save = last or (c.every > 0 and self.at % c.every == 0)
-            if held_out or save or stop:
-                late.read()
-                with watch.rest():
-                    if save:                                 # first: an evaluation that fails must not cost it
-                        self.save()
-                    stop = self._record(late, evaluate=held_out) or stop
-                    waiting = None
-                    if stop and not save:
-                        self.save()
-                self.clock.start(self.loader.waited)         # the next step's time is its own
-            if stop:
-                self.stopped = self.stop.asked or "a signal to another rank"
-                self.events.add("signal", signal=self.stopped, step=self.at)
-                break
+            if held_out or save:
+                self._settle(late, save, held_out)
+                waiting = None
+        if self.at < end:
+            self.stopped = self.stop.asked
+            self.events.add("signal", signal=self.stopped, step=self.at)
+            if not save:
+                self._settle(waiting, save=True)
         with watch.rest():
             self.store.finish()
+
+    def _settle(self, late: _Late | None, save: bool, evaluate: bool = False) -> None:
+        """Between two steps. late: what is not logged yet of the one before."""
+        if late is not None:
+            late.read()                                      # before the watch rests: no step is under way now
+        with watch.rest():
+            if save:                                         # first: an evaluation that fails must not cost it
+                self.save()
+            if late is not None:
+                self._record(late, evaluate)
+        self.clock.start(self.loader.waited)                 # the next step's time is its own
 
     def save(self) -> None:
         cursors = self.store.ranks.gather(self.cursor)
@@ -216,8 +225,8 @@ class Trainer:
         nll, count = sums.tolist()
         return nll / max(1.0, count)
 
-    def _record(self, late: _Late, evaluate: bool = False) -> bool:
-        """Log a step; whether to stop after the one under way."""
+    def _record(self, late: _Late, evaluate: bool = False) -> None:
+        """Log a step."""
         assert self.log is not None
         r, arrived = late.read()
         took, waited = self.clock.lap(arrived, late.waited)
@@ -244,7 +253,6 @@ class Trainer:
             raise TrainingError(f"{int(r.streak)} steps in a row had a gradient that is not finite, the last one step "
                                 f"{late.step}; the data then stood at {self.cursor}; resume from the last checkpoint "
                                 f"with a lower optimizer.lr, or raise train.max_skipped")
-        return float(r.asked) > 0
 
 
 class _Late:
@@ -366,6 +374,7 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
             trainer.steps(args.steps_now, mark, draw)
     finally:
         trainer.store.finish()                                # a save under way is not lost with the run
+        trainer.stop.close()
         trainer.loader.close()
         trainer.parts.pipe.close()
         assert trainer.log is not None

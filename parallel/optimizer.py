@@ -24,7 +24,6 @@ class Report(NamedTuple):
     load: Tensor          # (M, E) tokens each expert of each MoE layer got
     entropy: Tensor       # (M,) mean entropy of each router's distribution, nats
     balance: Tensor       # (M,) mean balance loss
-    asked: Tensor         # () above 0 if a rank wants to stop
     skipped: Tensor       # () steps skipped so far
     streak: Tensor        # () of them in a row, up to now
 
@@ -61,12 +60,9 @@ class Optimizer:
         self.top_k = torch.tensor([float(kinds[i].channel.top_k) for i in self.routed], device=parts.mesh.device)
 
     @torch.no_grad()
-    def step(self, result: Result, lr: float, asked: float = 0.0) -> Report:
-        """Clip, update, forget the gradients. Call after the gradient sums; every rank of the world calls it.
-
-        asked: above 0 on a rank that wants the run to stop; the report tells all ranks so, in the same step.
-        """
-        report = self._report(result, asked)
+    def step(self, result: Result, lr: float) -> Report:
+        """Clip, update, forget the gradients. Call after the gradient sums; every rank of the world calls it."""
+        report = self._report(result)
         bad = (~report.norm.isfinite()).float()
         self.skipped += bad
         self.steps += 1 - bad
@@ -97,7 +93,7 @@ class Optimizer:
         return report._replace(skipped=self.skipped.clone(), streak=self.streak.clone())
 
     @torch.no_grad()
-    def _report(self, result: Result, asked: float) -> Report:
+    def _report(self, result: Result) -> Report:
         """One sum over the world of everything that has to be known of the step."""
         mesh, grads = self.parts.mesh, []
         for name, p in self.params.items():
@@ -111,16 +107,15 @@ class Optimizer:
             row = layers[self.routed.index(layer)]
             row[:s.load.shape[0]], row[E], row[E + 1] = s.load.to(kind), s.entropy.to(kind), s.balance.to(kind)
         one = torch.stack([x.to(kind) for x in (result.loss, result.nll, result.count)]) / mesh.tp
-        stop = torch.full_like(one[:1], asked)
-        sums = torch.cat([(squares * self.once.to(kind)).sum().view(1), one, stop, layers.flatten()])
+        sums = torch.cat([(squares * self.once.to(kind)).sum().view(1), one, layers.flatten()])
         if not mesh.alone:
             dist.all_reduce(sums)
-        square, loss, nll, count, stop = sums[:5].unbind()
+        square, loss, nll, count = sums[:4].unbind()
         count = count.clamp_min(1.0)
-        layers = sums[5:].view(M, E + 2)
+        layers = sums[4:].view(M, E + 2)
         tokens = (layers[:, :E].sum(1) / self.top_k).clamp_min(1.0)
         return Report(loss / count, nll / count, count, square.sqrt() / count, layers[:, :E], layers[:, E] / tokens,
-                      layers[:, E + 1] / tokens, stop, self.skipped, self.streak)
+                      layers[:, E + 1] / tokens, self.skipped, self.streak)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds of model and optimizer, labelled; sharing memory, so that loading fills it."""

@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
 from test_resume import EVERY, STEPS, folder, records, train  # noqa: F401  the fixture: shards and run.toml
 
 from stepladder.launch import events
+from stepladder.launch.stop import Stop
 from stepladder.parallel.optimizer import Optimizer, Report
 from stepladder.parallel.watch import LostRank
 
@@ -28,9 +31,23 @@ def at_step(n: int, do: Callable[[], object]) -> None:
 
 
 def signalled(rank: int, n: int, config: Path, run: Path, to: int, numbers: list[int]) -> int:
-    """Trains; rank `to` gets the signals in step 2."""
-    if rank == to:
-        at_step(2, lambda: [os.kill(os.getpid(), number) for number in numbers])
+    """Trains; in step 2 rank `to` gets the signals while it waits for the other rank in a collective, where Python runs
+    no handler, and the other goes on with the step when it knows of them."""
+    (run.parent / f"pid-{rank}").write_text(str(os.getpid()))
+    meet = Stop.meet
+
+    def strike(stop: Stop) -> None:
+        time.sleep(0.3)
+        for number in numbers:
+            os.kill(int((run.parent / f"pid-{to}").read_text()), number)
+        assert stop.known.wait(10)
+
+    def met(self: Stop, *args: Any) -> None:
+        meet(self, *args)
+        if rank != to:
+            at_step(2, lambda: strike(self))
+
+    Stop.meet = met  # pyright: ignore[reportAttributeAccessIssue]
     return train(config, run)
 
 
@@ -39,16 +56,17 @@ def resumed(rank: int, n: int, config: Path, run: Path) -> int:
 
 
 @pytest.mark.parametrize(("to", "numbers", "name"), [
-    (0, [signal.SIGTERM, signal.SIGTERM], "SIGTERM"), (1, [signal.SIGUSR1], "a signal to another rank")])
-def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(folder, tmp_path, to, numbers, name):  # noqa: F811
+    (0, [signal.SIGTERM, signal.SIGTERM], "SIGTERM"), (1, [signal.SIGUSR1], "SIGUSR1 to rank 1")])
+def test_a_signal_to_one_rank_stops_all_after_the_step_under_way_and_the_run_goes_on(folder, tmp_path, to, numbers,  # noqa: F811
+                                                                                      name):
     run, config = tmp_path / "run", folder / "run0.toml"
     assert ranks.run(2, signalled, config, run, to, numbers) == [0, 0]
-    assert (run / "unfinished").read_text() == f"stopped by {name} at step 3\n"      # agreed on with its report
+    assert (run / "unfinished").read_text() == f"stopped by {name} at step 2\n"
     assert ranks.run(2, resumed, config, run) == [0, 0]
     assert not (run / "unfinished").exists()
     assert list(records(run)) == list(range(1, STEPS + 1))
     told = [(e["event"], e["step"], e.get("signal")) for e in events.read(run)]
-    assert told == [("start", 0, None), ("signal", 3, name), ("end", 3, name), ("resume", 3, None),
+    assert told == [("start", 0, None), ("signal", 2, name), ("end", 2, name), ("resume", 2, None),
                     ("end", STEPS, None)]
     assert [e["ranks"] for e in events.read(run) if "ranks" in e] == [2, 2]
 

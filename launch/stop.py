@@ -1,0 +1,130 @@
+"""Stopping: TERM, USR1 and Ctrl-C ask for a checkpoint and an end, and all ranks end after the same step.
+
+A signal may come several times, to one rank or to all: launchers pass on what Slurm sends to everyone anyway. It is
+seen at once, also while the program waits for its device or another rank, when Python runs no handler: the interpreter
+writes its number to a pipe, which a thread reads. Threads of all ranks then say through the store which step their rank
+has begun, and the furthest of these is the last. Nobody begins another before it is known, so none waits for a step
+that another leaves out. Training itself is never asked: no host sync, nothing between its collectives.
+"""
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from stepladder.parallel.watch import LostRank, listed
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PATIENCE = timedelta(seconds=20)    # with threads that only have to answer; torchrun kills after 30
+EVER = timedelta(days=20)           # in milliseconds it must fit into 31 bits
+_round = itertools.count()          # a store outlives a run in tests
+
+
+class Stop:
+    """The end that a signal asks for. Signals that come before `meet` are kept until then."""
+
+    def __init__(self) -> None:
+        self.asked = ""                                    # the signal's name, and whose it was if another rank's
+        self.rank = self.begun = self.last = 0             # last: step of the run, once it is known
+        self.lost = ""                                     # why it will never be
+        self.store: dist.Store | None = None
+        self.met, self.known = threading.Event(), threading.Event()
+        pipe, self.pipe = os.pipe()
+        os.set_blocking(self.pipe, False)
+        with contextlib.suppress(ValueError):              # not in the main thread: a test
+            signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+            for number in SIGNALS:
+                signal.signal(number, self._handle)
+        self.threads = [self._thread(self._hear, pipe)]
+
+    def meet(self, store: dist.Store | None, rank: int, size: int, step: int) -> None:
+        """Agree with the other ranks from now on; `step` is the next one, and is made in any case."""
+        self.rank, self.size, self.begun = rank, size, step
+        prefix, common = f"stop/{next(_round)}", store or dist.HashStore()
+        # Any thread may wait in its store for long, so each has a connection of its own.
+        self.store, theirs = (dist.PrefixStore(prefix, common.clone()) for _ in range(2))  # pyright: ignore
+        self.met.set()
+        self.threads.append(self._thread(self._answer, theirs))
+
+    def may_begin(self, step: int) -> bool:
+        """Whether the run goes on with `step`. When somebody has asked it to stop, wait until all have answered."""
+        if not self.asked:
+            self.begun = max(self.begun, step)
+            if not self.asked:                             # else the answer counts this step, or does not: wait for it
+                return True
+        self.known.wait()
+        if self.lost:
+            raise LostRank(f"{self.asked} asks the run to stop, but {self.lost}")
+        return step <= self.last
+
+    def close(self) -> None:
+        """No further step will be begun; signals that still come do nothing."""
+        if self.pipe >= 0:
+            with contextlib.suppress(ValueError):
+                signal.set_wakeup_fd(-1)
+            os.close(self.pipe)
+            self.pipe = -1
+        self._ask(self.rank, "")
+        self.met.set()
+        for thread in self.threads:
+            thread.join(1)
+
+    def _handle(self, number: int, _: object) -> None:
+        self.asked = self.asked or signal.Signals(number).name
+        if number == signal.SIGINT:                        # the second one ends the program at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _hear(self, pipe: int) -> None:
+        with open(pipe, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in SIGNALS:
+                    name = signal.Signals(number[0]).name
+                    self.asked = self.asked or name
+                    self.met.wait()
+                    self._ask(0, f"{name} to rank {self.rank}" if self.rank else name)    # who asks the others
+                    self._ask(self.rank, name)                      # rank 0 may have come to its end
+
+    def _ask(self, rank: int, word: str) -> None:
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):        # its thread will find out too
+                self.store.set(f"asked/{rank}", word)
+
+    def _answer(self, store: dist.Store) -> None:
+        """Wait until this rank is asked to stop, with the signal's name, or has come to its end, with nothing."""
+        try:
+            store.wait([f"asked/{self.rank}"], EVER)
+            word = store.get(f"asked/{self.rank}").decode()
+            self.asked = self.asked or word
+            store.set(f"begun/{self.rank}", str(self.begun))
+            if self.rank == 0:
+                store.set("last", self._gather(store, word) if word else str(self.begun))
+            if word:
+                store.wait(["last"], 2 * PATIENCE)
+                last = store.get("last").decode()
+                self.last, self.lost = (int(last), "") if last.isdecimal() else (0, last)
+        except RuntimeError as error:
+            self.lost = f"the store, at rank 0 or its launcher, is gone: {error}"
+        self.known.set()
+
+    def _gather(self, store: dist.Store, word: str) -> str:
+        """Rank 0: the furthest step that a rank has begun, or who did not say."""
+        for rank in range(1, self.size):
+            self._ask(rank, word)
+        begun = [f"begun/{rank}" for rank in range(self.size)]
+        try:
+            store.wait(begun, PATIENCE)
+        except RuntimeError:
+            return f"{listed([r for r, key in enumerate(begun) if not store.check([key])])} did not answer"
+        return str(max(map(int, store.multi_get(begun))))
+
+    @staticmethod
+    def _thread(work: Callable[..., None], *args: object) -> threading.Thread:
+        thread = threading.Thread(target=work, args=args, name="stop", daemon=True)
+        thread.start()
+        return thread

@@ -1,0 +1,106 @@
+"""A signal stops all ranks after the same step, the furthest that one of them has begun, whoever got it."""
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from stepladder.launch import stop
+from stepladder.launch.stop import Stop
+from stepladder.parallel.watch import LostRank
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    kept = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Stop]]:
+    """Three ranks of a run that is to begin step 1, or those of them that are alive. Real signals reach the first."""
+    monkeypatch.setattr(stop, "_round", itertools.repeat(0))
+    store, made = dist.HashStore(), []
+    for rank in reversed(getattr(request, "param", (0, 1, 2))):
+        made.insert(0, Stop())
+        made[0].meet(store, rank, 3, 1)
+    yield made
+    for s in made:
+        s.close()
+
+
+def ask(rank: Stop, number: int) -> None:
+    os.write(rank.pipe, bytes([number]))
+
+
+def test_ranks_that_are_ahead_set_the_last_step_and_the_others_catch_up(ranks: list[Stop]):
+    for rank, begun in zip(ranks, (6, 7, 5), strict=True):
+        for step in range(1, begun + 1):
+            assert rank.may_begin(step)
+    ask(ranks[2], signal.SIGUSR1)
+    for rank in ranks:
+        assert rank.known.wait(5)
+        assert [rank.may_begin(step) for step in (6, 7, 8)] == [True, True, False]
+    assert [rank.asked for rank in ranks] == ["SIGUSR1 to rank 2", "SIGUSR1 to rank 2", "SIGUSR1"]
+
+
+def test_a_signal_before_the_first_step_lets_that_one_be_made(ranks: list[Stop]):
+    ask(ranks[0], signal.SIGTERM)
+    assert all(rank.known.wait(5) for rank in ranks)
+    assert [[rank.may_begin(step) for step in (1, 2)] for rank in ranks] == [[True, False]] * 3
+
+
+def test_a_signal_that_comes_before_the_ranks_have_met_is_kept():
+    early = Stop()
+    ask(early, signal.SIGTERM)
+    time.sleep(0.1)
+    early.meet(None, 0, 1, 3)
+    assert early.known.wait(5)
+    assert early.may_begin(3)
+    assert not early.may_begin(4)
+    early.close()
+
+
+def test_signals_of_this_process_are_seen_and_the_second_ctrl_c_ends_it(ranks: list[Stop]):
+    os.kill(os.getpid(), signal.SIGINT)
+    assert ranks[0].known.wait(5)
+    assert (ranks[0].asked, ranks[1].asked) == ("SIGINT", "SIGINT")
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("ranks", [(0, 2)], indirect=True)
+def test_a_rank_that_does_not_answer_is_named_on_all_others(ranks: list[Stop], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stop, "PATIENCE", timedelta(seconds=0.3))
+    ask(ranks[0], signal.SIGTERM)
+    for rank in ranks:
+        assert rank.known.wait(5)
+        with pytest.raises(LostRank, match="SIGTERM asks the run to stop, but rank 1 did not answer"):
+            rank.may_begin(2)
+
+
+def test_a_rank_that_has_come_to_its_end_answers_for_the_last_step(ranks: list[Stop]):
+    for rank in ranks:
+        assert rank.may_begin(4)
+    for rank in ranks[:2]:
+        rank.close()
+    ask(ranks[2], signal.SIGTERM)
+    assert ranks[2].known.wait(5)
+    assert not ranks[2].may_begin(5)
+
+
+def test_a_stop_that_is_closed_leaves_no_thread():
+    before = threading.active_count()
+    one = Stop()
+    one.meet(None, 0, 1, 1)
+    one.close()
+    assert threading.active_count() == before
