@@ -1,9 +1,22 @@
 """Short causal convolution of every channel by itself, within documents, with the state that decoding carries."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from stepladder.ops.kernels import runs
+from stepladder.ops.linear import promote
+from stepladder.ops.norm import EPS, l2_norm
+
+try:
+    from stepladder.kernels import conv as kernels
+except ModuleNotFoundError:     # without triton, which comes with torch for CUDA, the torch form runs
+    kernels: Any = None
+
+TAPS, HEAD = 8, 512             # what the kernel's tiles have room for
 
 
 def causal(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -12,12 +25,81 @@ def causal(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | N
     x (B, T, C), w (C, W), bias (C,), start (B, T) true where a document begins; before (B, W - 1, C) are the inputs
     before x, zero where they are of another document than the last. Returns y and what is `before` the next token.
     """
+    check(x, w, start, before)
     T, W = x.shape[1], w.shape[1]
-    if before.shape != (x.shape[0], W - 1, x.shape[2]) or start.shape != x.shape[:2]:
-        raise ValueError(f"a convolution of {W} taps over {(*x.shape,)} does not go with a state {(*before.shape,)} "
-                         f"and borders {(*start.shape,)}; a state is made by the begin() of the mixer that steps on it")
     doc = F.pad(start.cumsum(1), (W - 1, 0))                               # what came before goes on with document 0
     x = torch.cat([before.to(x.dtype), x], 1)
     taps = (x[:, i:i + T] * (doc[:, i:i + T] == doc[:, W - 1:]).unsqueeze(-1) * w[:, i] for i in range(W))
     y = sum(taps, 0 if bias is None else bias)
     return y, (x * (doc == doc[:, -1:]).unsqueeze(-1))[:, T:]  # pyright: ignore[reportReturnType]
+
+
+def activated(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None = None, unit: int = 0,
+              head: int = 1) -> tuple[Tensor, Tensor]:
+    """silu(causal(x)), of which the first `unit` channels are brought to length 1 in heads of `head` channels.
+
+    The kernel's results are of x's dtype, computed in fp32; the torch form's are promoted.
+    """
+    check(x, w, start, before)
+    if unit % head or not 0 <= unit <= x.shape[2]:
+        raise ValueError(f"unit = {unit} of {x.shape[2]} channels are no whole heads of {head}")
+    if runs("conv", x, None if x.dtype.itemsize < 8 else f"{x.dtype}",
+            None if w.shape[1] <= TAPS else f"{w.shape[1]} taps, more than {TAPS}",
+            None if not unit or (head <= HEAD and head & (head - 1) == 0)
+            else f"heads of {head}; those of a power of two up to {HEAD} have one"):
+        return fused(x.contiguous(), w.contiguous(), start.contiguous(), before.contiguous(), bias, unit, head)
+    y, after = causal(promote(x), w, start, before, bias)
+    y = F.silu(y)
+    if unit:
+        y = torch.cat([l2_norm(y[..., :unit].unflatten(-1, (-1, head))).flatten(-2), y[..., unit:]], -1)
+    return y, after
+
+
+def check(x: Tensor, w: Tensor, start: Tensor, before: Tensor) -> None:
+    """Raises ValueError for shapes that do not belong together."""
+    if before.shape != (x.shape[0], w.shape[1] - 1, x.shape[2]) or start.shape != x.shape[:2]:
+        raise ValueError(f"a convolution of {w.shape[1]} taps over {(*x.shape,)} does not go with a state "
+                         f"{(*before.shape,)} and borders {(*start.shape,)}; a state is made by the begin() of the "
+                         "mixer that steps on it")
+
+
+@torch.library.custom_op("stepladder::conv", mutates_args=())
+def fused(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, unit: int,
+          head: int) -> tuple[Tensor, Tensor]:
+    return kernels.forward(x, w, bias, start, before, unit, head, EPS)
+
+
+@fused.register_fake
+def _(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, unit: int,
+      head: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(before.shape)
+
+
+@torch.library.custom_op("stepladder::conv_backward", mutates_args=())
+def _backward(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, unit: int, head: int,
+              dy: Tensor, dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w, before and bias; those of w and bias in fp32."""
+    dx, dw, dbias, dbefore = kernels.backward(x, w, bias, start, before, unit, head, EPS, dy.contiguous(),
+                                              dafter.contiguous())
+    return dx, dw, dbefore, dbias
+
+
+@_backward.register_fake
+def _(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, unit: int, head: int, dy: Tensor,
+      dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dw = w.new_empty(w.shape, dtype=torch.float32)
+    return torch.empty_like(x), dw, torch.empty_like(before), dw.new_empty(w.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, w, start, before, bias, ctx.unit, ctx.head = inputs
+    ctx.save_for_backward(x, w, start, before, bias)
+
+
+def _gradients(ctx: Any, dy: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, start, before, bias = ctx.saved_tensors
+    dx, dw, dbefore, dbias = _backward(x, w, start, before, bias, ctx.unit, ctx.head, dy, dafter)
+    return dx, dw.to(w.dtype), None, dbefore, None if bias is None else dbias.to(bias.dtype), None, None
+
+
+fused.register_autograd(_gradients, setup_context=_save)
