@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -51,6 +52,19 @@ def test_ranks_that_are_ahead_set_the_last_step_and_the_others_catch_up(ranks: l
         assert rank.known.wait(5)
         assert [rank.may_begin(step) for step in (6, 7, 8)] == [True, True, False]
     assert [rank.asked for rank in ranks] == ["SIGUSR1 to rank 2", "SIGUSR1 to rank 2", "SIGUSR1"]
+
+
+def test_no_step_is_begun_before_the_last_one_is_known():
+    one = Stop()
+    one.asked = "SIGTERM"
+    with ThreadPoolExecutor(1) as pool:
+        may = pool.submit(one.may_begin, 2)
+        time.sleep(0.1)
+        assert not may.done()
+        one.last = 2
+        one.known.set()
+    assert may.result()
+    one.close()
 
 
 def test_a_signal_before_the_first_step_lets_that_one_be_made(ranks: list[Stop]):
