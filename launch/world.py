@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib import import_module
+from ipaddress import ip_address
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ class World:
     launcher: str = "alone"
     local_size: int = 0          # processes on this machine; 0: nobody told
     node: int = 0                # number of this machine
-    address: str = ""            # host:port at which rank 0 waits for the others; empty: torch's own variables say it
+    address: str = ""            # host:port at which rank 0 waits for the others; empty: torchrun's own store
     attempt: int = 0             # how often the same job was started before
 
     @property
@@ -67,15 +68,21 @@ class World:
             return None
         if dist.is_initialized():
             return dist.distributed_c10d._get_default_store()
-        where = f"tcp://{self.address}" if self.address else "env://"
         patience = threading.Timer(PATIENCE, lambda: print(
             f"rank {self.rank} of {self.size} still waits for others to come", file=sys.stderr, flush=True))
         patience.daemon = True
         patience.start()
-        store = next(dist.rendezvous(where, self.rank, self.size))[0]
+        store = self._store() if self.address else next(dist.rendezvous("env://", self.rank, self.size))[0]
         patience.cancel()
         # torchrun's store outlives a restart of its workers: what they said before must not be taken for an answer.
         return dist.PrefixStore(f"attempt/{self.attempt}", store)
+
+    def _store(self) -> dist.Store:
+        """Rank 0 listens on the interface of its address; torch's own store would listen on all of them."""
+        host, _, port = self.address.rpartition(":")
+        if not self.main:
+            return dist.TCPStore(host, int(port), self.size)
+        return dist.TCPStore(host, int(port), self.size, True, master_listen_fd=listen(host, int(port)).detach())
 
     def connect(self, device: torch.device, store: dist.Store | None, limit: timedelta) -> None:
         """Join the process group of all ranks; torch ends a collective that takes longer than `limit`."""
@@ -83,6 +90,20 @@ class World:
             dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=dist.PrefixStore("group", store),
                                     rank=self.rank, world_size=self.size, timeout=limit,
                                     device_id=device if device.type == "cuda" else None)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on the interface of this address alone.
+
+    Many a machine calls its own name 127.0.1.1, where no other machine could reach it: such a name means all.
+    """
+    try:
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        own_name = ip_address(where[0]).is_loopback and host not in (where[0], "localhost")
+        return socket.create_server(("", port) if own_name else where[:2], family=family)
+    except OSError as error:
+        raise ValueError(f"rank 0 cannot listen on {host}:{port} ({error.strerror}); the master's address must be one "
+                         "of rank 0's machine, and its port free") from None
 
 
 def find() -> World:
@@ -123,12 +144,13 @@ def _named(env: Mapping[str, str]) -> World | None:
         raise ValueError(f"{', '.join(f'{k} = {v}' for k, v in told.items())} name no process of a group; "
                          "start with torchrun, or unset RANK to run alone")
     rank, size, local = int(told["RANK"]), int(told["WORLD_SIZE"]), int(told.get("LOCAL_RANK", told["RANK"]))
+    address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     if "TORCHELASTIC_RUN_ID" in env:
         return World(rank, size, local, "torchrun", int(told.get("LOCAL_WORLD_SIZE", 0)), int(env.get("GROUP_RANK", 0)),
                      attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)))
     if "CROSS_SIZE" in env and "LOCAL_SIZE" in env:
-        return World(rank, size, local, "DeepSpeed's launcher", int(env["LOCAL_SIZE"]), int(env["CROSS_RANK"]))
-    return World(rank, size, local, NOBODY, int(told.get("LOCAL_WORLD_SIZE", 0)))
+        return World(rank, size, local, "DeepSpeed's launcher", int(env["LOCAL_SIZE"]), int(env["CROSS_RANK"]), address)
+    return World(rank, size, local, NOBODY, int(told.get("LOCAL_WORLD_SIZE", 0)), address=address)
 
 
 def _slurm(env: Mapping[str, str]) -> World | None:

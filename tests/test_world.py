@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import types
@@ -46,9 +47,9 @@ def mpi(monkeypatch: pytest.MonkeyPatch):
     (TORCHRUN, World(3, 4, 1, "torchrun", 2, 1, attempt=2)),
     (TORCHRUN | ALONE, World(3, 4, 1, "torchrun", 2, 1, attempt=2)),          # srun started an agent a machine
     (TORCHRUN | BATCH | {"SLURM_NTASKS": "4"}, World(3, 4, 1, "torchrun", 2, 1, attempt=2)),
-    (DEEPSPEED, World(3, 4, 1, "DeepSpeed's launcher", 2, 1)),
+    (DEEPSPEED, World(3, 4, 1, "DeepSpeed's launcher", 2, 1, "n1:1")),
     (SRUN, World(3, 4, 1, "Slurm", 2, 1, "n1:12506", 1)),
-    (SRUN | RANKS, World(3, 4, 3, "RANK and WORLD_SIZE")),                     # a wrapper that exports what Slurm says
+    (SRUN | RANKS, World(3, 4, 3, "RANK and WORLD_SIZE", address="n1:1")),    # a wrapper that exports what Slurm says
     (SRUN | MPICH, World(3, 4, 1, "Slurm", 2, 1, "n1:12506", 1)),              # srun --mpi=pmi2: no need of mpi4py
     (BATCH | {"SLURM_NTASKS": "1"}, World()),
     (OPEN_MPI, World(3, 4, 1, "Open MPI", 2, 0, "n1:1")),
@@ -118,6 +119,34 @@ def test_a_restarted_job_hears_nothing_of_what_was_said_before(monkeypatch: pyte
     assert first.check(["verdict"])
     second.set_timeout(timedelta(seconds=1))
     assert not second.check(["verdict"])
+
+
+@pytest.mark.parametrize(("host", "interface"), [
+    ("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"),
+    ("own-name", "0.0.0.0"),             # a machine's name for itself, which leads to itself only: others must get in
+])
+def test_rank_0_listens_on_the_interface_asked_for(monkeypatch, host: str, interface: str):
+    found = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda h, *a, **k: found({"own-name": "127.0.1.1"}.get(h, "127.0.0.1"),
+                                                                        *a, **k))
+    with world.listen(host, 0) as listening:
+        assert listening.getsockname()[0] == interface
+
+
+def test_the_store_listens_where_rank_0_does():
+    """torch's own listens on all interfaces."""
+    with world.listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    store = World(0, 1, address=f"127.0.0.1:{port}")._store()
+    assert store.num_keys()
+    lines = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()]
+    assert [line[1].split(":")[0] for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")] \
+        == ["0100007F"]
+
+
+def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(ValueError, match=r"^rank 0 cannot listen on 192\.0\.2\.1:9 \(Cannot assign"):
+        world.listen("192.0.2.1", 9)
 
 
 def test_a_run_starts_under_torchrun_and_goes_on_after_its_restart(tmp_path: Path):
