@@ -64,7 +64,7 @@ def _missing(store: dist.Store, key: str, size: int, limit: timedelta) -> str | 
 def on_the_run(store: dist.Store, rank: int, size: int, config: str, flags: dict[str, Any], minutes: float) -> None:
     """Raises Disagreement for ranks whose code, configuration (TOML text) or command-line flags differ."""
     words = {CODE: code(), TORCH: torch.__version__,
-             **_flat(tomllib.loads(config), ""), **flags}
+             **flat(tomllib.loads(config)), **flags}
     consult(store, rank, size, json.dumps(words, default=str), _first_difference, minutes)
 
 
@@ -76,10 +76,11 @@ def code(root: Path = Path(__file__).parents[1]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _flat(table: dict[str, Any], path: str) -> dict[str, Any]:
+def flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A run's tables as one, with keys as on the command line: {"data": {"seq": 8}} -> {"data.seq": 8}"""
     out = {}
     for name, value in table.items():
-        out |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+        out |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
     return out
 
 

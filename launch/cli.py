@@ -26,6 +26,7 @@ training
   slurm       print or submit the job of a run
   status      say where a run stands
   plot        draw the curves of runs
+  compare     what runs differ in, and their curves over each other
 
 models
   generate    continue prompts with a trained model
@@ -59,6 +60,7 @@ EXAMPLES = {
     "status": "  stepladder status runs/first",
     "export": "  stepladder export runs/first first.safetensors",
     "plot": "  stepladder plot runs/first runs/second --out curves.png",
+    "compare": "  stepladder compare runs/first runs/second --out compared.png",
 }
 
 
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A group that lost a rank is 70: nothing to mend, and the same command may be tried again.
     """
+    os.umask(os.umask(0o022) | 0o002)      # nothing that a command writes is the whole world's to change
     try:
         args = parse(argv)
         return args.program(args) or 0
@@ -226,6 +229,11 @@ def _plot(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="FILE", help="PNG to write (default: curves.png in the first run folder)")
 
 
+def _compare(p: argparse.ArgumentParser) -> None:
+    p.add_argument("runs", metavar="RUN", nargs="+", help="two or more run folders; differences are to the first")
+    p.add_argument("--out", metavar="FILE", help="PNG to write (default: compared.png in the first run folder)")
+
+
 def _demo(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="DIR", default="runs/demo", help="everything is written there (default: runs/demo)")
 
@@ -247,6 +255,8 @@ COMMANDS = {
     "status": Command("Say where a run stands: step, time left, restarts, last checkpoint, last error.", _status,
                       _program("status")),
     "plot": Command("Draw loss, gradient norm, learning rate and speed as a PNG.", _plot, _program("plot")),
+    "compare": Command("Say what runs differ in and where their losses part, and draw them over each other.",
+                       _compare, _program("compare")),
     "generate": Command("Continue prompts with a trained model, streaming.", _generate, _program("generate")),
     "export": Command("Write the newest checkpoint's weights as safetensors.", _export, _program("export")),
 }

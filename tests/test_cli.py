@@ -1,6 +1,7 @@
 """launch/cli.py: the console script's help, its exit codes, and that a user's mistake is one sentence."""
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -162,3 +163,14 @@ def test_a_missing_run_file_is_one_sentence_from_the_real_program():
 
 def test_the_flag_that_deepspeeds_launcher_adds_is_passed_over():
     assert cli.parse(["--local_rank=1", "train", "run.toml", "train.steps=3"]).overrides == ["train.steps=3"]
+
+
+def test_what_a_command_writes_is_not_the_whole_worlds_to_change(tmp_path):
+    """The job cannot be submitted here, its script is there."""
+    run, mask = tmp_path / "run", os.umask(0)
+    try:
+        assert cli.main(["slurm", "examples/demo.toml", "--per-node", "1", "--folder", str(run), "--submit"]) == 2
+    finally:
+        os.umask(mask)
+    assert {path.name: oct(path.stat().st_mode & 0o002) for path in [run, *run.rglob("*")]
+            } == {name: "0o0" for name in ("run", "slurm", "train.sbatch")}

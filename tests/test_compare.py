@@ -1,0 +1,55 @@
+"""launch/compare.py: what two runs differ in, where their losses part, and both curves in one picture."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from stepladder.launch import cli
+
+
+def made(run: Path, losses: list[float], ranks: int = 1, seed: int = 0) -> Path:
+    run.mkdir()
+    (run / "config.toml").write_text(f"[train]\nsteps = 9\nseed = {seed}\n\n[model]\nwidth = 8\n")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(
+        {"step": i, "tokens": 100 * i, "loss": loss, "tokens_per_s": 50.0}) + "\n" for i, loss in enumerate(losses, 1)))
+    (run / "events.jsonl").write_text("".join(json.dumps(
+        {"time": 0.0, "event": event, "ranks": ranks, "torch": "2"}) + "\n" for event in ("start", "fault", "resume")))
+    return run
+
+
+
+def test_equal_runs_are_said_to_be_equal_bit_by_bit(tmp_path, capsys):
+    a, b = (made(tmp_path / name, [3.0, 2.5, 2.0]) for name in "ab")
+    assert cli.main(["compare", str(a), str(b)]) == 0
+    out = capsys.readouterr().out
+    assert "losses are equal, bit by bit, at all 3 steps that they share" in out
+    assert "no setting differs" in out
+    assert matplotlib.image.imread(a / "compared.png")[..., :3].std() > 0.05
+
+
+def test_the_step_at_which_losses_part_and_the_settings_that_differ_are_named(tmp_path, capsys):
+    a, b = made(tmp_path / "a", [3.0, 2.5, 2.0, 1.5]), made(tmp_path / "b", [3.0, 2.5000001, 2.2], ranks=4, seed=7)
+    assert cli.main(["compare", str(a), str(b), "--out", str(tmp_path / "x" / "y.png")]) == 0
+    out = capsys.readouterr().out
+    assert "losses are equal before step 2, and differ by 0.1 of themselves at most after it" in out
+    rows = {cells[0]: cells[1:] for line in out.splitlines() if len(cells := line.split()) >= 3}
+    assert rows["train.seed"] == ["0", "7"]
+    assert rows["ranks"] == ["1", "4"]
+    assert not {"torch", "model.width", "train.steps"} & rows.keys()
+    assert rows["restarts"] == rows["faults"] == ["1", "1"]
+    assert "loss at step 3      2.0000  2.2000" in out
+    assert (tmp_path / "x" / "y.png").exists()
+
+
+@pytest.mark.parametrize(("given", "sentence"), [
+    (["a"], "a alone compares with nothing; name another run, or look at it with stepladder plot"),
+    (["a", "nowhere"], "nowhere has no metrics.jsonl; name the folder of a run that has trained"),
+])
+def test_what_cannot_be_compared_is_said(tmp_path, capsys, monkeypatch, given, sentence):
+    monkeypatch.chdir(tmp_path)
+    made(Path("a"), [3.0])
+    assert cli.main(["compare", *given]) == 2
+    assert capsys.readouterr().err == f"stepladder: {sentence}\n"
