@@ -3,6 +3,9 @@
 The marker stands for as long as the run should be started again: from its first step until it is finished, stopped by
 --steps-now, or failed by something that would fail again. A process that is killed has no time to leave one, so it is
 there beforehand; whoever restarts jobs looks at it, not at exit codes, which launchers make up.
+
+Why a run ended can be said by any rank, as rank 0 may be the one that hangs or dies. RUN/.untold lies there while none
+has: who takes it away says it, the others are silent. A start that finds it knows that nobody had the time.
 """
 from __future__ import annotations
 
@@ -15,21 +18,39 @@ from typing import Any
 
 from stepladder.parallel.watch import LostRank
 
-FILE, MARKER = "events.jsonl", "unfinished"
+FILE, MARKER, UNTOLD = "events.jsonl", "unfinished", ".untold"
 
 
 class Events:
-    """The events of one run, for every rank to call; only the `main` one writes."""
+    """The events of one run, for every rank to call; only rank 0 writes, except for faults."""
 
-    def __init__(self, run: Path, main: bool) -> None:
-        self.file, self.marker, self.main = run / FILE, run / MARKER, main
+    def __init__(self, run: Path, rank: int) -> None:
+        self.file, self.marker, self.untold = run / FILE, run / MARKER, run / UNTOLD
+        self.rank, self.main, self.together = rank, rank == 0, False
+
+    def begin(self) -> None:
+        """Rank 0 holds the run folder; the other ranks may be anywhere."""
+        if self.main:
+            if self.untold.exists():
+                self.add("fault", error="the start before this one ended without a word: it was killed, or its machine "
+                                        "was lost")
+            with contextlib.suppress(OSError):
+                self.untold.touch()
+
+    def started(self) -> None:
+        """All ranks are there: the run should be started again, unless a better word follows."""
+        self.together = True
+        self.goes_on("cut off")
 
     def add(self, event: str, **facts: Any) -> None:
         """One line: start, resume, signal, skip, fault or end, and what is known about it."""
         if self.main:
-            with contextlib.suppress(OSError):        # a full disk costs a line, never the run
-                with open(self.file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n")
+            self._write(event, facts)
+
+    def _write(self, event: str, facts: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):            # a full disk costs a line, never the run
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n")
 
     def goes_on(self, why: str) -> None:
         """Leave or renew the marker: from here on the run should be started again if it ends, for the reason `why`."""
@@ -40,6 +61,8 @@ class Events:
     def end(self, step: int, saved: bool, stopped: str) -> None:
         """The program comes to its end at `step`; `stopped` is the signal that asked for it."""
         self.add("end", step=step, saved=saved, **({"signal": stopped} if stopped else {}))
+        if self.main:
+            self.untold.unlink(missing_ok=True)
         if stopped or not saved:
             self.goes_on(f"stopped by {stopped} at step {step}" if stopped else f"step {step} was not saved")
         else:
@@ -50,16 +73,25 @@ class Events:
         if self.main:
             self.marker.unlink(missing_ok=True)
 
+    def fault(self, why: str, again: bool = True) -> None:
+        """The run is over on this rank, for the reason `why`; again: another start may mend it."""
+        if self.main or self.together:
+            try:
+                self.untold.unlink()
+            except OSError:                           # another rank was the first
+                return
+            self._write("fault", {"rank": self.rank, "error": why})
+            if not again:
+                self.marker.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
         """Record what ends the run within."""
         try:
             yield
         except BaseException as error:
-            self.add("fault", error=f"{error or type(error).__name__}")
             ours = isinstance(error, ValueError) or type(error).__module__.startswith("stepladder.")
-            if ours and not isinstance(error, LostRank):
-                self.over()
+            self.fault(str(error) or type(error).__name__, again=not ours or isinstance(error, LostRank))
             raise
 
 

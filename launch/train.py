@@ -150,9 +150,7 @@ class Trainer:
                    f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
         self.events.add("resume" if start else "start", step=self.at, ranks=self.world.size,
-                        launcher=self.world.launcher, attempt=self.world.attempt, mesh=repr(self.mesh),
-                        device=_name(self.device), torch=torch.__version__, code=agree.code(),
-                        data=self.loader.manifest_hash)
+                        launcher=self.world.launcher, attempt=self.world.attempt)
         if self.at >= self.run.train.steps:
             self._tell(f"the run is finished: train.steps = {self.run.train.steps}; raise it to go on")
 
@@ -306,11 +304,10 @@ def _table(run: config.Run) -> dict[str, Any]:
 
 
 def _peak(device: torch.device) -> float:
-    return next((peak for key, peak in PEAK.items() if key in _name(device)), 0.0)
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK.items() if key in name), 0.0)
 
 
 def _memory(device: torch.device) -> float:
@@ -345,18 +342,19 @@ def run(args: argparse.Namespace) -> int:
     if w.main:
         _claim(folder)
     device, minutes = w.device(config.derived(chosen, w.size).device), chosen.train.collective_minutes
-    events = Events(folder, w.main)
+    events = Events(folder, w.rank)
     with Lock(folder) if w.main else contextlib.nullcontext(), events.faults():
+        events.begin()
         store = w.meet()
         if store is not None:
             flags = {"--folder": str(folder), "--resume": args.resume, "--steps-now": args.steps_now,
                      "--timeline": args.timeline, "the kind of device": device.type}
             agree.on_the_run(store, w.rank, w.size, config.dump(chosen), flags, max(minutes, agree.START))
-        events.goes_on("cut off")                            # what is true if no better word follows
+        events.started()
         patience = timedelta(minutes=minutes + 2)            # torch's own limit: the watchdog speaks first, in words
         w.connect(device, store, patience)
         mesh = Mesh(chosen.parallel, device, w.rank, w.size, patience)
-        with contextlib.nullcontext() if store is None else watch.over(mesh, store, 60 * minutes):
+        with contextlib.nullcontext() if store is None else watch.over(mesh, store, 60 * minutes, events.fault):
             with watch.rest():                               # no step is under way: a slow disk or build is no hang
                 trainer = Trainer(chosen, folder, w, mesh, store, args.resume, events)
             kept = _train(args, trainer)

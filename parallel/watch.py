@@ -28,6 +28,7 @@ HELD = 4               # collectives watched at once: a handle keeps its output 
 NAMES = 4096           # collectives whose names are remembered, to say between which two a hang is
 BEAT = 2.0             # seconds between two words to the store; less where the limit is short
 LISTEN = 3             # beats until a rank that says nothing is called silent
+TELL = 5.0             # seconds to say why before the end
 HOUSE = str(Path(__file__).parents[1])
 
 
@@ -58,10 +59,14 @@ class Watch:
     def __init__(self) -> None:
         self.on = self.leaving = self.rests = False
         self.runs = 0                          # of this process: a store outlives them
+        self.tell: Callable[[str], None] = lambda why: None
 
     @contextlib.contextmanager
-    def over(self, mesh: Mesh, store: dist.Store, limit: float) -> Iterator[None]:
-        """Watch what happens within. `store` is one that all ranks know; `limit` is in seconds."""
+    def over(self, mesh: Mesh, store: dist.Store, limit: float,
+             tell: Callable[[str], None] = lambda why: None) -> Iterator[None]:
+        """Watch what happens within. `store` is one that all ranks know; `limit` is in seconds. `tell` hears why, too,
+        before the process is ended."""
+        self.tell = tell
         self.start(mesh, store, limit)
         try:
             yield
@@ -153,9 +158,12 @@ class Watch:
         what = f"for {self._range(waits[0])}" if waits else f"without progress{self._last()}"
         if self.ended.is_set() or self.leaving:
             return
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2,
-                 f"stepladder: {me} waited {waited:.0f} s in step {self.now} {what}: {cause}\n".encode())
+        why = f"{me} waited {waited:.0f} s in step {self.now} {what}: {cause}"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"stepladder: {why}\n".encode())
         self._leave(cause)
+        telling = threading.Thread(target=self.tell, args=(why,), daemon=True)
+        telling.start()
+        telling.join(TELL)                     # the disk may be what hangs
         os._exit(EXIT)
 
     def _leave(self, why: str, alarm: bool = True) -> None:

@@ -95,25 +95,49 @@ def test_what_would_fail_again_takes_the_marker_away_and_what_cut_the_run_off_le
     (LostRank("rank 0 lost the others"), True), (RuntimeError("CUDA error: uncorrectable ECC error"), True),
     (ValueError("data.seq = 3 is odd; make it even"), False), (KeyboardInterrupt(), True)])
 def test_the_marker_outlives_what_a_new_start_may_mend(tmp_path: Path, error: BaseException, stands: bool):
-    told = events.Events(tmp_path, main=True)
-    told.goes_on("cut off")
+    told = events.Events(tmp_path, 0)
+    told.begin()
+    told.started()
     with pytest.raises(type(error)), told.faults():
         raise error
     assert (tmp_path / "unfinished").exists() is stands
 
 
-def test_other_ranks_write_nothing(tmp_path: Path):
-    told = events.Events(tmp_path, main=False)
-    told.add("start")
-    told.goes_on("cut off")
-    told.over()
-    assert not list(tmp_path.iterdir())
+def test_other_ranks_write_nothing_before_all_have_met_and_then_faults_alone(tmp_path: Path):
+    other, main = events.Events(tmp_path, 1), events.Events(tmp_path, 0)
+    (tmp_path / ".untold").touch()                        # of a start that was killed
+    other.fault("no such file")
+    other.begin()
+    assert not (tmp_path / "events.jsonl").exists()
+    main.begin()
+    for told in (other, main):
+        told.started()
+    other.add("start")
+    other.end(3, True, "")
+    other.over()
+    assert [e["error"][:41] for e in events.read(tmp_path)] == ["the start before this one ended without a"]
+    assert (tmp_path / "unfinished").exists()
+
+
+@pytest.mark.parametrize(("first", "again"), [(0, True), (1, True), (1, False)])
+def test_the_first_rank_that_says_why_a_run_ended_is_heard(tmp_path: Path, first: int, again: bool):
+    told = [events.Events(tmp_path, rank) for rank in range(2)]
+    for each in told:
+        each.begin()
+        each.started()
+    told[first].fault("shard 7 is torn", again)
+    told[1 - first].fault("lost another rank")
+    assert [(e["event"], e["rank"], e["error"]) for e in events.read(tmp_path)] == [
+        ("fault", first, "shard 7 is torn")]
+    assert (tmp_path / "unfinished").exists() is again
+    events.Events(tmp_path, 0).begin()
+    assert len(events.read(tmp_path)) == 1                # it did not end without a word
 
 
 def test_a_full_disk_costs_no_more_than_the_line(tmp_path: Path):
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     (tmp_path / "unfinished").symlink_to("/dev/full")
-    told = events.Events(tmp_path, main=True)
+    told = events.Events(tmp_path, 0)
     told.add("start")
     told.goes_on("cut off")
 
