@@ -150,7 +150,9 @@ class Trainer:
                    f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
         self.events.add("resume" if start else "start", step=self.at, ranks=self.world.size,
-                        launcher=self.world.launcher, attempt=self.world.attempt)
+                        launcher=self.world.launcher, attempt=self.world.attempt, mesh=repr(self.mesh),
+                        device=_name(self.device), torch=torch.__version__, code=agree.code(),
+                        data=self.loader.manifest_hash)
         if self.at >= self.run.train.steps:
             self._tell(f"the run is finished: train.steps = {self.run.train.steps}; raise it to go on")
 
@@ -304,10 +306,11 @@ def _table(run: config.Run) -> dict[str, Any]:
 
 
 def _peak(device: torch.device) -> float:
-    if device.type == "cpu":
-        return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK.items() if key in name), 0.0)
+    return next((peak for key, peak in PEAK.items() if key in _name(device)), 0.0)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _memory(device: torch.device) -> float:
