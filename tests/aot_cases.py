@@ -5,6 +5,7 @@ import torch
 
 from stepladder.kernels import conv as conv_kernels
 from stepladder.kernels import norm as norm_kernels
+from stepladder.kernels import step as step_kernels
 
 BF16 = torch.bfloat16
 
@@ -25,3 +26,13 @@ def norm() -> None:
         scale = torch.empty(128)
         norm_kernels.forward(y, scale, gate, 1e-6)
         norm_kernels.backward(y, scale, gate, 1e-6, gate)
+
+
+def step() -> None:
+    """The delta rule at batch 64 and 1, the tiles with most and with fewest columns; its largest state; Mamba."""
+    for B, H, K, V in ((64, 16, 128, 128), (1, 16, 128, 128), (64, 6, 256, 512)):
+        q, v, S = torch.empty(B, 1, H, K, dtype=BF16), torch.empty(B, 1, H, V, dtype=BF16), torch.empty(B, H, K, V)
+        g = torch.empty(B, 1, H)
+        step_kernels.matrix(q, q, v, g, g, torch.zeros(B, 1).bool(), S, 1.0)
+    x, select, A = torch.empty(64, 1, 4096), torch.empty(64, 1, 16), torch.empty(4096, 16)
+    step_kernels.scan(select, select, x, x, A, torch.zeros(64, 1).bool(), torch.empty(64, 4096, 16))
