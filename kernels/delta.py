@@ -2,11 +2,12 @@
 
 With w_t = v_t - k_t exp(g_t) S_{t-1}, so that u_t = beta_t w_t, a chunk of the state S is
 
-    (I + N) w = v - since * (k S)      N_ij = D_ij beta_j k_i.k_j for j < i: A = (I + N)^-1 needs keys and gates alone
-    y = since * (q S) + P (beta w)     P_ij = D_ij q_i.k_j for j <= i
-    S' = keep S + k^T (until beta w)   D_ij, since, until, keep: decays between tokens, and to the chunk's edges
+    (I + N) w = v - since * (k S)    N_ij = D_ij beta_j k_i.k_j for j < i; A = (I + N)^-1
+    y = since * (q S) + P w          P_ij = D_ij beta_j q_i.k_j for j <= i
+    S' = keep S + k^T (until * w)    D_ij decay from token j to i, since_i and keep from the chunk's start to i and to
+                                     its end, until_j beta_j times that from j to the end
 
-Documents are masks, never gates, and stay with the gates in the first kernel: the loop over chunks knows of neither.
+Documents are masks, never gates, and stay with gates and beta in the first kernel: the loop over chunks knows of none.
 """
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ from torch import Tensor
 
 from stepladder.kernels.tiles import LOG2E, dot
 
-CHUNK = 64
+# Columns of the state, warps, stages, by the size of keys; the first is taken, the others are what a bench may try.
+ACROSS = {
+    64: [(64, 4, 2), (32, 4, 2)],
+    128: [(32, 4, 2), (64, 4, 2), (64, 4, 1), (32, 4, 1)],
+    256: [(32, 4, 2), (32, 8, 2)],
+}
 FLOOR = tl.constexpr(-1e5)    # exp2 of it is 0, and differences of sums of it are no NaN, as those of -inf would be
 
 
@@ -69,14 +75,15 @@ def _inside(q, k, g, beta, doc, A, P, edges, T, H, G, K: tl.constexpr, C: tl.con
     kt = tl.load(k + rows, mask=ok[:, None], other=0.0)
     strength = tl.load(beta + row * H + h, mask=ok, other=0.0).to(tl.float32)
     D, since, until = decays(g, doc, b, h, c, T, H, C, GATED)
+    D *= strength[None, :]
     at = (bh.to(tl.int64) * tl.num_programs(0) + c) * C
     tl.store(edges + at + r, since)
-    tl.store(edges + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * C + at + r, until)
+    tl.store(edges + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * C + at + r, until * strength)
     i, j = r[:, None], r[None, :]
     tile = (at + i) * C + j
     qt = tl.load(q + rows, mask=ok[:, None], other=0.0)
     tl.store(P + tile, tl.where(i >= j, D * dot(qt, tl.trans(kt)), 0.0).to(P.dtype.element_ty))
-    N = (tl.where(i > j, D * dot(kt, tl.trans(kt)), 0.0) * strength[None, :]).to(INNER)
+    N = tl.where(i > j, D * dot(kt, tl.trans(kt)), 0.0).to(INNER)
     X = tl.where(i == j, 1.0, 0.0)
     # Blocks of the diagonal are inverted, then pairs of them joined: [[X1, 0], [-X2 N21 X1, X2]]. Whatever is formed
     # is bounded by beta, so fp16 does; powers of N, a Neumann series, would grow like binomial coefficients.
@@ -100,7 +107,7 @@ def edges_of(edges, bh, c, NT, C: tl.constexpr):
 
 
 @triton.jit
-def _across(q, k, v, beta, A, P, edges, before, y, w, states, after, T, NT, length, H, G, K: tl.constexpr,
+def _across(q, k, v, A, P, edges, before, y, w, states, after, T, NT, length, H, G, K: tl.constexpr,
             V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, OUT: tl.constexpr, SAVE: tl.constexpr,
             EVEN: tl.constexpr, STAGES: tl.constexpr):
     bh, segment = tl.program_id(1), tl.program_id(2)
@@ -118,7 +125,6 @@ def _across(q, k, v, beta, A, P, edges, before, y, w, states, after, T, NT, leng
         tile = chunk * C * C + r[:, None] * C + r[None, :]
         kt = tl.load(k + keys, mask=ok[:, None], other=0.0)
         vt = tl.load(v + values, mask=ok[:, None], other=0.0)
-        strength = tl.load(beta + row * H + h, mask=ok, other=0.0).to(tl.float32)
         since, until, keep = edges_of(edges, bh, c, NT, C)
         Sb = S.to(kt.dtype)
         if SAVE:
@@ -126,30 +132,34 @@ def _across(q, k, v, beta, A, P, edges, before, y, w, states, after, T, NT, leng
         # Where a document began the state is left out, not multiplied by 0: it may be NaN.
         error = vt.to(tl.float32) - tl.where(since[:, None] < 0, 0.0, dot(kt, Sb) * since[:, None])
         wt = dot(tl.load(A + tile), error.to(kt.dtype))
-        if SAVE:
-            tl.store(w + values, wt.to(kt.dtype), mask=ok[:, None])
-        wt *= strength[:, None]
         if OUT:
             qt = tl.load(q + keys, mask=ok[:, None], other=0.0)
             out = tl.where(since[:, None] < 0, 0.0, dot(qt, Sb) * since[:, None])
             out = dot(tl.load(P + tile), wt.to(kt.dtype), out)
             tl.store(y + values, out.to(kt.dtype), mask=ok[:, None])
         S = dot(tl.trans(kt), (wt * until[:, None]).to(kt.dtype), tl.where(keep < 0, 0.0, S * keep))
+        if SAVE:
+            tl.store(w + values, wt.to(kt.dtype), mask=ok[:, None])
     tl.store(after + at, S)
+
+
+def fit(table: dict[int, list[tuple[int, int, int]]], K: int, V: int) -> tuple[int, int, int]:
+    columns, warps, stages = table[max(K, 64)][0]
+    return min(columns, V), warps, stages
 
 
 class Forward(NamedTuple):
     y: Tensor             # (B, T, H, V)
     S: Tensor             # (B, H, K, V) fp32
     A: Tensor             # (B, H, N, C, C)
+    P: Tensor             # (B, H, N, C, C)
     edges: Tensor         # (2, B, H, N, C) fp32: since and until
-    P: Tensor             # as A
     w: Tensor             # (B, T, H, V)
     states: Tensor        # (B, H, N, K, V) before each chunk
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor,
-            save: bool, chunk: int = CHUNK) -> Forward:
+            save: bool, chunk: int) -> Forward:
     """q, k (B, T, G, K), v (B, T, H, V) of one 16-bit type or fp32, g (none: no decay) and beta (B, T, H), doc (B, T)
     int32 documents begun so far, S (B, H, K, V) fp32, all contiguous. Without save, w and states are empty."""
     B, T, H, V = v.shape
@@ -161,8 +171,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc
     _inside[NT, B * H](q, k, beta if g is None else g, beta, doc, A, P, edges, T, H, G, K, C, g is not None, even,
                        C.bit_length() - 1, inner,
                        num_warps=4)
-    BV, warps, stages = 32, 4, 2
-    BV = min(BV, V)
-    _across[V // BV, B * H, 1](q, k, v, beta, A, P, edges, S, y, w, states, after, T, NT, NT, H, G, K, V, C, BV,
+    BV, warps, stages = fit(ACROSS, K, V)
+    _across[V // BV, B * H, 1](q, k, v, A, P, edges, S, y, w, states, after, T, NT, NT, H, G, K, V, C, BV,
                                True, save, even, stages, num_warps=warps)
-    return Forward(y, after, A, edges, P, w, states)
+    return Forward(y, after, A, P, edges, w, states)

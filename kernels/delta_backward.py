@@ -2,7 +2,7 @@
 
 With R = v - since * (k S), so that w = A R, and Sigma' the gradient of the state after the chunk:
 
-    dR = A^T (beta (P^T dy + until * (k Sigma'))) = dv
+    dR = A^T (P^T dy + until * (k Sigma')) = dv
     Sigma = keep Sigma' + q^T (since * dy) - k^T (since * dR)
     dN = -dR w^T below the diagonal, for (I + N) w = R: neither R nor A is needed for it
 """
@@ -13,12 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.delta import Forward, decays, edges_of
+from stepladder.kernels.delta import decays, edges_of, fit
 from stepladder.kernels.tiles import dot
+
+# By the size of keys; the first is taken, the others are what a bench may try.
+REVERSE = {      # columns of the state, warps, stages
+    64: [(64, 4, 2), (32, 4, 2)],
+    128: [(32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2)],
+    256: [(32, 8, 1), (32, 4, 2)],
+}
+GRADIENTS = {    # columns of keys and of values, warps, stages, registers a thread: 128 let two blocks of 8 warps run
+    64: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None)],
+    128: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None), (32, 64, 8, 1, 128), (64, 64, 8, 1, 128)],
+    256: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None)],
+}
 
 
 @triton.jit
-def _reverse(q, k, beta, A, P, edges, dy, after, dv, dstates, before, T, NT, length, H, G, K: tl.constexpr,
+def _reverse(q, k, A, P, edges, dy, after, dv, dstates, before, T, NT, length, H, G, K: tl.constexpr,
              V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, OUT: tl.constexpr, EVEN: tl.constexpr,
              STAGES: tl.constexpr):
     bh, segment = tl.program_id(1), tl.program_id(2)
@@ -39,12 +51,11 @@ def _reverse(q, k, beta, A, P, edges, dy, after, dv, dstates, before, T, NT, len
         kt = tl.load(k + keys, mask=ok[:, None], other=0.0)
         qt = tl.load(q + keys, mask=ok[:, None], other=0.0)
         dyt = tl.load(dy + values, mask=ok[:, None], other=0.0)
-        strength = tl.load(beta + row * H + h, mask=ok, other=0.0).to(tl.float32)
         since, until, keep = edges_of(edges, bh, c, NT, C)
         dSb = dS.to(kt.dtype)
         if OUT:
             tl.store(dstates + chunk * K * V + state, dSb)
-        dw = dot(tl.trans(tl.load(P + tile)), dyt, dot(kt, dSb) * until[:, None]) * strength[:, None]
+        dw = dot(tl.trans(tl.load(P + tile)), dyt, dot(kt, dSb) * until[:, None])
         dR = dot(tl.trans(tl.load(A + tile)), dw.to(kt.dtype))
         if OUT:
             tl.store(dv + values, dR.to(kt.dtype), mask=ok[:, None])
@@ -56,7 +67,30 @@ def _reverse(q, k, beta, A, P, edges, dy, after, dv, dstates, before, T, NT, len
 
 
 @triton.jit
-def _gradients(q, k, g, beta, doc, edges, w, states, dy, dv, dstates, dq, dk, dg, dbeta, T, H, G, K: tl.constexpr,
+def _pair(x, z, ok, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr):
+    """x z^T and z x^T of rows (C, V)."""
+    one, two = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for m in range(0, V, BV):
+        n = m + tl.arange(0, BV)[None, :]
+        xt, zt = tl.load(x + n, mask=ok[:, None], other=0.0), tl.load(z + n, mask=ok[:, None], other=0.0)
+        one = dot(xt, tl.trans(zt), one)
+        two = dot(zt, tl.trans(xt), two)
+    return one, two
+
+
+@triton.jit
+def _product(x, z, ok, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """x z^T of rows (C, K)."""
+    total = tl.zeros([C, C], tl.float32)
+    for m in range(0, K, BK):
+        n = m + tl.arange(0, BK)[None, :]
+        zt = tl.load(z + n, mask=ok[:, None], other=0.0)
+        total = dot(tl.load(x + n, mask=ok[:, None], other=0.0), tl.trans(zt), total)
+    return total
+
+
+@triton.jit
+def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg, dbeta, T, H, G, K: tl.constexpr,
                V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
                EVEN: tl.constexpr):
     c, bh = tl.program_id(0), tl.program_id(1)
@@ -68,38 +102,25 @@ def _gradients(q, k, g, beta, doc, edges, w, states, dy, dv, dstates, dq, dk, dg
     values = (row * H + h)[:, None] * V
     i, j = r[:, None], r[None, :]
 
-    # Both a product and its transpose are computed: a transposed result in registers is no operand of a product
-    # (triton before 3.7.1 gets it wrong on Hopper).
-    PQ, PQt, PN, PNt = (tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32),
-                        tl.zeros([C, C], tl.float32))
-    for m0 in range(0, V, BV):
-        m = values + m0 + tl.arange(0, BV)[None, :]
-        wt = tl.load(w + m, mask=ok[:, None], other=0.0)
-        dyt = tl.load(dy + m, mask=ok[:, None], other=0.0)
-        dR = tl.load(dv + m, mask=ok[:, None], other=0.0)
-        PQ = dot(dyt, tl.trans(wt), PQ)
-        PQt = dot(wt, tl.trans(dyt), PQt)
-        PN = dot(dR, tl.trans(wt), PN)
-        PNt = dot(wt, tl.trans(dR), PNt)
-    QK, KK = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for n0 in range(0, K, BK):
-        n = keys + n0 + tl.arange(0, BK)[None, :]
-        kt = tl.load(k + n, mask=ok[:, None], other=0.0)
-        QK = dot(tl.load(q + n, mask=ok[:, None], other=0.0), tl.trans(kt), QK)
-        KK = dot(kt, tl.trans(kt), KK)
-
     strength = tl.load(beta + row * H + h, mask=ok, other=0.0).to(tl.float32)
-    D, _, _ = decays(g, doc, b, h, c, T, H, C, GATED)
-    since, until, keep = edges_of(edges, bh, c, tl.num_programs(0), C)
-    Z = tl.where(i >= j, D * PQ * QK, 0.0) - tl.where(i > j, D * PN * KK, 0.0)
-    db = tl.sum(Z, 0)
-    dG = tl.sum(Z * strength[None, :], 1) - db * strength
-    X = tl.where(i >= j, D * PQ, 0.0) * strength[None, :]
-    Xt = tl.where(i <= j, D * PQt, 0.0) * strength[:, None]
-    E = -tl.where(i > j, D * PN, 0.0) * strength[None, :] - tl.where(i < j, D * PNt, 0.0) * strength[:, None]
-    X, Xt, E = X.to(q.dtype.element_ty), Xt.to(q.dtype.element_ty), E.to(q.dtype.element_ty)
+    D, since, until = decays(g, doc, b, h, c, T, H, C, GATED)
 
-    kept = 0.0
+    # Both a product and its transpose are computed: a transposed result in registers is no operand of a product
+    # (triton before 3.7.1 gets it wrong on Hopper). What P and N ask for is computed in turn, to hold fewer tiles.
+    one, two = _pair(dy + values, w + values, ok, V, C, BV)
+    one, two = tl.where(i >= j, D * one, 0.0), tl.where(i <= j, D * two, 0.0)
+    X, Xt = (one * strength[None, :]).to(q.dtype.element_ty), (two * strength[:, None]).to(q.dtype.element_ty)
+    Z = one * _product(q + keys, k + keys, ok, K, C, BK)
+    one, two = _pair(dv + values, w + values, ok, V, C, BV)
+    one, two = tl.where(i > j, D * one, 0.0), tl.where(i < j, D * two, 0.0)
+    E = (-one * strength[None, :] - two * strength[:, None]).to(q.dtype.element_ty)
+    Z -= one * _product(k + keys, k + keys, ok, K, C, BK)
+    db = tl.sum(Z, 0)
+    if GATED:       # a gate's gradient is the sum of what passes it; a token's own pair, on the diagonal, does not
+        Z = tl.where(i > j, Z, 0.0) * strength[None, :]
+        crossing = tl.sum(Z, 1) - tl.sum(Z, 0)
+
+    kept, put = 0.0, tl.zeros([C], tl.float32)
     chunk = (bh.to(tl.int64) * tl.num_programs(0) + c) * K * V
     for n0 in range(0, K, BK):
         n = n0 + tl.arange(0, BK)
@@ -117,38 +138,40 @@ def _gradients(q, k, g, beta, doc, edges, w, states, dy, dv, dstates, dq, dk, dg
         qt = tl.load(q + keys + n[None, :], mask=ok[:, None], other=0.0)
         dqt = tl.where(since[:, None] < 0, 0.0, dqt * since[:, None])
         dut = tl.where(since[:, None] < 0, 0.0, -dut * since[:, None])
-        written = tl.sum(kt * dkt, 1) * until
-        db += written
+        put += tl.sum(kt * dkt, 1) * until
         dkt *= (until * strength)[:, None]
         if GATED:
-            dG += tl.sum(qt * dqt, 1) + tl.sum(kt * dut, 1) - written * strength
-            dG += tl.where(r == C - 1, tl.sum(written * strength), 0.0)
+            crossing += tl.sum(qt * dqt + kt * dut, 1)
         at = (row * H + h)[:, None] * K + n[None, :]
         tl.store(dq + at, dot(X, kt, dqt).to(dq.dtype.element_ty), mask=ok[:, None])
         dkt = dot(Xt, qt, dkt + dut)
         tl.store(dk + at, dot(E, kt, dkt).to(dk.dtype.element_ty), mask=ok[:, None])
-    tl.store(dbeta + row * H + h, db.to(dbeta.dtype.element_ty), mask=ok)
+    tl.store(dbeta + row * H + h, (db + put).to(dbeta.dtype.element_ty), mask=ok)
     if GATED:
-        dG += tl.where(r == C - 1, tl.where(keep < 0, 0.0, kept * keep), 0.0)
-        tl.store(dg + row * H + h, tl.cumsum(dG, 0, reverse=True).to(dg.dtype.element_ty), mask=ok)
+        put = tl.where(r == tl.minimum(C, T - c * C) - 1, 0.0, put * strength)     # the last token passes no gate here
+        keep = tl.sum(tl.where(r == C - 1, since, 0.0), 0)
+        passed = tl.cumsum(crossing, 0, reverse=True) + (tl.cumsum(put, 0) - put)
+        tl.store(dg + row * H + h, (passed + tl.where(keep < 0, 0.0, kept * keep)).to(dg.dtype.element_ty), mask=ok)
 
 
-def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, made: Forward, dy: Tensor,
+def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
+             w: Tensor, states: Tensor, dy: Tensor,
              dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g (empty without gates), beta and the initial state; `made` by a forward pass that saved."""
-    (B, T, H, V), (G, K), (NT, C) = dy.shape, q.shape[2:], made.A.shape[2:4]
-    dv, dstates, before = torch.empty_like(dy), torch.empty_like(made.states), torch.empty_like(dS)
+    """Gradients of q, k, v, beta, g (empty without gates) and the initial state, from what forward() saved."""
+    (B, T, H, V), (G, K), (NT, C) = dy.shape, q.shape[2:], A.shape[2:4]
+    dv, dstates, before = torch.empty_like(dy), torch.empty_like(states), torch.empty_like(dS)
     even = T % C == 0
-    BV = min(32, V)
-    _reverse[V // BV, B * H, 1](q, k, beta, made.A, made.P, made.edges, dy, dS, dv, dstates, before, T, NT, NT, H, G,
-                                K, V, C, BV, True, even, 2, num_warps=4)
+    BV, warps, stages = fit(REVERSE, K, V)
+    _reverse[V // BV, B * H, 1](q, k, A, P, edges, dy, dS, dv, dstates, before, T, NT, NT, H, G, K, V, C, BV,
+                                True, even, stages, num_warps=warps)
     # Heads that share a key give their parts in fp32: sums over them are in order, and rounded once.
     dq, dk = (q.new_empty(B, T, H, K, dtype=q.dtype if G == H else torch.float32) for _ in range(2))
     dbeta = torch.empty_like(beta)
     dg = beta.new_empty(0) if g is None else torch.empty_like(g)
-    BK, BV = min(64, K), min(64, V)
-    _gradients[NT, B * H](q, k, beta if g is None else g, beta, doc, made.edges, made.w, made.states, dy, dv, dstates,
-                          dq, dk, dg, dbeta, T, H, G, K, V, C, BK, BV, g is not None, even, num_warps=8)
+    BK, BV, warps, stages, registers = GRADIENTS[max(K, 64)][0]
+    _gradients[NT, B * H](q, k, beta if g is None else g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg,
+                          dbeta, T, H, G, K, V, C, min(BK, K), min(BV, V), g is not None, even, num_warps=warps,
+                          num_stages=stages, maxnreg=registers)
     if G < H:
         dq, dk = (z.unflatten(2, (G, -1)).sum(3).to(q.dtype) for z in (dq, dk))
-    return dq, dk, dv, dg, dbeta, before
+    return dq, dk, dv, dbeta, dg, before

@@ -8,10 +8,24 @@ S (B, H, K, V); start (B, T) bool, true where a document begins and the state is
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from stepladder.ops.chunks import check, cut, decay, join, share
+from stepladder.ops.kernels import runs
+from stepladder.ops.linear import promote
+
+try:
+    from stepladder.kernels import delta as kernels
+    from stepladder.kernels import delta_backward as backward_kernels
+except ModuleNotFoundError:     # without triton, which comes with torch for CUDA, the torch form runs
+    kernels: Any = None
+    backward_kernels: Any = None
+
+CHUNK = 64
+SIZES = (16, 32, 64, 128, 256)     # of keys and values, that kernels have tiles for
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, start: Tensor,
@@ -28,7 +42,7 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, start: T
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, start: Tensor, S: Tensor,
-            chunk: int = 64) -> tuple[Tensor, Tensor]:
+            chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """The same in T / chunk sequential steps; everything inside a chunk is matrix products and one triangular inverse.
 
     The inverse needs no gates: decays and borders are a similarity, (I + L * D)^-1 = D * (I + L)^-1 elementwise for
@@ -51,3 +65,78 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, start: Ten
         states.append(move[:, :, n] @ states[-1] + add[:, :, n])
     before = torch.stack(states, 2)[:, :, :-1]
     return join((q * d.since) @ before + (q @ k.mT * d.within) @ (u - w @ before), T), states[-1]
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: Tensor, S: Tensor,
+        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The form for these tokens. Kernels compute in `dtype`, the torch forms as promoted; without g nothing decays."""
+    T, K, V = v.shape[1], k.shape[3], v.shape[3]
+    if T != 1 and runs("delta", v, None if v.numel() else "no tokens",
+                       None if dtype.itemsize < 8 else f"{dtype}",
+                       None if K in SIZES and V in SIZES else f"keys of {K} and values of {V}; sizes are {SIZES}"):
+        return fused(q.to(dtype), k.to(dtype), v.to(dtype), g, beta, start, S)
+    q, k, v = promote(q), promote(k), promote(v)
+    g = torch.zeros_like(beta) if g is None else g
+    return recurrent(q, k, v, g, beta, start, S) if T == 1 else chunked(q, k, v, g, beta, start, S)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: Tensor, S: Tensor,
+          chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """The kernels: q, k, v of one dtype, S in fp32. Without g nothing decays."""
+    check(q, k, v, beta.new_zeros(()).expand(v.shape[:3]) if g is None else g, start, S)
+    if beta.shape != v.shape[:3]:
+        raise ValueError(f"beta {(*beta.shape,)} does not go with values {(*v.shape,)}: one a token and head")
+    save = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (q, k, v, g, beta, S))
+    doc = start.cumsum(1, dtype=torch.int32)
+    q, k, v, beta, S = (z.contiguous() for z in (q, k, v, beta, S))
+    g = None if g is None else g.contiguous()
+    y, S, *_ = _forward(q, k, v, g, beta, doc, S, save, chunk)
+    return y, S
+
+
+@torch.library.custom_op("stepladder::delta", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor, save: bool,
+             chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return kernels.forward(q, k, v, g, beta, doc, S, save, chunk)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor, save: bool,
+      chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, H, V = v.shape
+    N = (T + chunk - 1) // chunk
+    A, P = q.new_empty(B, H, N, chunk, chunk), q.new_empty(B, H, N, chunk, chunk)
+    w, states = (torch.empty_like(v), q.new_empty(B, H, N, q.shape[3], V)) if save else (q.new_empty(0), q.new_empty(0))
+    return torch.empty_like(v), torch.empty_like(S), A, P, S.new_empty(2, B, H, N, chunk), w, states
+
+
+@torch.library.custom_op("stepladder::delta_backward", mutates_args=())
+def _backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
+              w: Tensor, states: Tensor, dy: Tensor,
+              dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward_kernels.backward(q, k, g, beta, doc, A, P, edges, w, states, dy.contiguous(), dS.contiguous())
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
+      w: Tensor, states: Tensor, dy: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dg = beta.new_empty(0) if g is None else torch.empty_like(g)
+    dS = dS.new_empty(dS.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), torch.empty_like(beta), dg, dS
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, _, g, beta, doc, *_ = inputs
+    ctx.set_materialize_grads(False)        # what is saved beside y and S has none, and is large
+    ctx.save_for_backward(q, k, g, beta, doc, *output[2:])
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dS: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *inputs, w, states = ctx.saved_tensors
+    dy = torch.zeros_like(w) if dy is None else dy
+    dS = torch.zeros_like(states[:, :, 0], dtype=torch.float32) if dS is None else dS
+    dq, dk, dv, dbeta, dg, dS = _backward(*inputs, w, states, dy, dS)
+    return dq, dk, dv, None if inputs[2] is None else dg, dbeta, None, dS, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

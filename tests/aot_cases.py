@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 
 from stepladder.kernels import conv as conv_kernels
+from stepladder.kernels import delta as delta_kernels
+from stepladder.kernels import delta_backward as delta_backward_kernels
 from stepladder.kernels import norm as norm_kernels
 from stepladder.kernels import step as step_kernels
 
@@ -36,3 +38,12 @@ def step() -> None:
         step_kernels.matrix(q, q, v, g, g, torch.zeros(B, 1).bool(), S, 1.0)
     x, select, A = torch.empty(64, 1, 4096), torch.empty(64, 1, 16), torch.empty(4096, 16)
     step_kernels.scan(select, select, x, x, A, torch.zeros(64, 1).bool(), torch.empty(64, 4096, 16))
+
+
+def delta() -> None:
+    """Gated delta of 16 heads of 128, without and with ends to fill, and the largest heads."""
+    for K, T in ((128, 4096), (256, 4000)):
+        q, g, doc = torch.empty(1, T, 16, K, dtype=BF16), torch.empty(1, T, 16), torch.empty(1, T, dtype=torch.int32)
+        S = torch.empty(1, 16, K, K)
+        made = delta_kernels.forward(q, q, q, g, g, doc, S, True, 64)
+        delta_backward_kernels.backward(q, q, g, g, doc, *made[2:], q, S)

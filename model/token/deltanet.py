@@ -79,8 +79,7 @@ class Mixer(Recurrent):
         q, k, v = F.silu(qkv).split([self.wq.shape[0], self.wk.shape[0], self.wv.shape[0]], -1)
         q, k = (l2_norm(z.unflatten(-1, (-1, K))) for z in (q, k))
         beta = promote(linear(x, self.wb)).sigmoid() * (2 if self.spec.negative else 1)
-        form = delta.recurrent if x.shape[1] == 1 else delta.chunked
-        y, S = form(q * K**-0.5, k, v.unflatten(-1, (-1, V)), torch.zeros_like(beta), beta, ctx.start, state.S)
+        y, S = delta.mix(q * K**-0.5, k, v.unflatten(-1, (-1, V)), None, beta, ctx.start, state.S, x.dtype)
         return linear(rms_norm(y, self.norm).to(x.dtype).flatten(2), self.wo), State(S, before)
 
 

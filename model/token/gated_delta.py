@@ -92,8 +92,7 @@ class Mixer(Recurrent):
         q, k = (l2_norm(z.unflatten(-1, (-1, K))) for z in (q, k))                      # (B, T, G, K)
         g = -self.A_log.exp() * F.softplus(promote(linear(x, self.wa)) + self.dt_bias)  # (B, T, H)
         beta = promote(linear(x, self.wb)).sigmoid() * (2 if self.spec.negative else 1)
-        form = delta.recurrent if x.shape[1] == 1 else delta.chunked
-        y, S = form(q * K**-0.5, k, v.unflatten(-1, (-1, V)), g, beta, ctx.start, state.S)
+        y, S = delta.mix(q * K**-0.5, k, v.unflatten(-1, (-1, V)), g, beta, ctx.start, state.S, x.dtype)
         gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
         return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), State(S, before)
 
