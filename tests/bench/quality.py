@@ -1,9 +1,12 @@
-"""What ladder costs in quality: standard, parallel and ladder wiring on the same tokens, several seeds, one GPU.
+"""What a wiring or a mixer costs in quality: sides on the same tokens, several seeds, one GPU.
 
-    python tests/bench/wirings.py SHARDS [--steps 2000] [--seeds 3] [--sides standard ladder] [--out wirings.png]
+    python tests/bench/quality.py SHARDS [--steps 2000] [--seeds 3] [--sides standard ladder] [--out quality.png]
+    python tests/bench/quality.py SHARDS --sides attention gla gated_delta hybrid
 
-125 M parameters (12 layers of width 768, 12 heads, 4 of keys, hidden 2048, 32k words). A seed fixes initial values and
-data order, so sides differ in the wiring alone; the gap between them is to be read beside the spread of the seeds.
+Twelve layers of width 768, hidden 2048. The sides named after a wiring have 12 heads of attention, 4 of keys (125 M
+parameters with 32k words); those named after a mixer have 4 width^2 weights in it, or a little more, and hybrid has
+three layers of gated_delta to one of attention. A seed fixes initial values and data order, so sides differ in what
+they are named after alone; the gap between them is to be read beside the spread of the seeds.
 """
 from __future__ import annotations
 
@@ -15,19 +18,23 @@ import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
-LAGS = {"standard": [0, 0], "parallel": [0, 1], "ladder": [1, 1]}
+ATTENTION = '{{ kind = "attention", heads = {heads}, kv_heads = {kv} }}'
+FULL = '{{ kind = "attention", heads = {heads}, kv_heads = {heads} }}'
+GLA = '{{ kind = "gla", heads = {few}, key_dim = {half}, value_dim = {head} }}'
+DELTA = '{{ kind = "gated_delta", heads = {few}, key_dim = {half}, value_dim = {head} }}'
+SIDES = {                # token mixers, one after the other, and their wiring
+    "standard": ([ATTENTION], [0, 0]), "parallel": ([ATTENTION], [0, 1]), "ladder": ([ATTENTION], [1, 1]),
+    "attention": ([FULL], [0, 0]), "gla": ([GLA], [0, 0]), "gated_delta": ([DELTA], [0, 0]),
+    "hybrid": ([DELTA, DELTA, DELTA, FULL], [0, 0]),
+}
 RUN = """
 [model]
 vocab = {vocab}
 width = {width}
 layers = {layers}
-pattern = ["a"]
+pattern = {pattern}
 
-[model.blocks.a]
-token = {{ kind = "attention", heads = {heads}, kv_heads = {kv} }}
-channel = {{ kind = "swiglu", hidden = {hidden} }}
-lag = {lag}
-
+{blocks}
 [data]
 seq = {seq}
 rows = {rows}
@@ -53,18 +60,27 @@ warmup_steps = {warmup}
 [checkpoint]
 every = 0
 """
-BIG = {"width": 768, "layers": 12, "heads": 12, "kv": 4, "hidden": 2048, "seq": 1024, "rows": 32, "batch": 65536,
-       "workers": 2, "dtype": "bf16", "gpu": "true", "batches": 16}
-SMALL = {"width": 32, "layers": 2, "heads": 4, "kv": 2, "hidden": 64, "seq": 64, "rows": 8, "batch": 512, "workers": 0,
-         "dtype": "fp32", "gpu": "false", "batches": 1}
+BLOCK = """
+[model.blocks.{name}]
+token = {token}
+channel = {{ kind = "swiglu", hidden = {hidden} }}
+lag = {lag}
+"""
+BIG = {"width": 768, "layers": 12, "heads": 12, "kv": 4, "few": 6, "half": 64, "head": 128, "hidden": 2048, "seq": 1024,
+       "rows": 32, "batch": 65536, "workers": 2, "dtype": "bf16", "gpu": "true", "batches": 16}
+SMALL = {"width": 32, "layers": 4, "heads": 4, "kv": 2, "few": 2, "half": 8, "head": 16, "hidden": 64, "seq": 64,
+         "rows": 8, "batch": 512, "workers": 0, "dtype": "fp32", "gpu": "false", "batches": 1}
 
 
 def train(side: str, seed: int, args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     """The log of one run."""
     vocab = json.loads((args.shards / "manifest.json").read_text())["tokenizer"]["vocab"]
-    text = RUN.format(lag=LAGS[side], seed=seed, shards=args.shards.resolve(), steps=args.steps,
-                      vocab=-(-vocab // 64) * 64,
-                      every=max(1, args.steps // 8), warmup=args.steps // 20, **(SMALL if args.small else BIG))
+    size, (mixers, lag) = SMALL if args.small else BIG, SIDES[side]
+    names = {mixer: f"b{i}" for i, mixer in enumerate(dict.fromkeys(mixers))}
+    blocks = [BLOCK.format(name=name, token=mixer.format(**size), lag=lag, **size) for mixer, name in names.items()]
+    text = RUN.format(pattern=[names[mixer] for mixer in mixers], blocks="".join(blocks), seed=seed, steps=args.steps,
+                      shards=args.shards.resolve(), vocab=-(-vocab // 64) * 64, every=max(1, args.steps // 8),
+                      warmup=args.steps // 20, **size)
     (folder / "run.toml").write_text(text)
     out = folder / f"{side}-{seed}"
     command = [sys.executable, "-m", "stepladder.launch.cli", "train", str(folder / "run.toml"), "--folder", str(out)]
@@ -79,7 +95,8 @@ def draw(logs: dict[tuple[str, int], list[dict[str, float]]], out: Path) -> None
     figure, axis = plt.subplots(figsize=(9, 5))
     for (side, _), log in logs.items():
         points = [(r["tokens"] / 1e6, r["eval_loss"]) for r in log if "eval_loss" in r]
-        axis.plot(*zip(*points, strict=True), color=f"C{list(LAGS).index(side)}", marker=".", linewidth=0.8, label=side)
+        color = f"C{list(SIDES).index(side)}"
+        axis.plot(*zip(*points, strict=True), color=color, marker=".", linewidth=0.8, label=side)
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(*zip(*{label: (h, label) for h, label in zip(handles, labels, strict=True)}.values(), strict=True))
     axis.set(xlabel="million tokens", ylabel="held-out loss, nats a token")
@@ -91,9 +108,9 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sides", nargs="+", default=["standard", "ladder"], choices=LAGS)
+    parser.add_argument("--sides", nargs="+", default=["standard", "ladder"], choices=SIDES)
     parser.add_argument("--small", action="store_true", help="a toy, to try this script")
-    parser.add_argument("--out", type=Path, default=Path("wirings.png"))
+    parser.add_argument("--out", type=Path, default=Path("quality.png"))
     args = parser.parse_args()
     logs = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -101,12 +118,12 @@ def main() -> None:
             for side in args.sides:
                 logs[side, seed] = train(side, seed, args, Path(folder))
                 last = logs[side, seed][-1]
-                print(f"{side:9} seed {seed}: held-out {last['eval_loss']:.4f} after {last['tokens'] / 1e6:.1f} M "
+                print(f"{side:11} seed {seed}: held-out {last['eval_loss']:.4f} after {last['tokens'] / 1e6:.1f} M "
                       f"tokens, {last['tokens_per_s']:,.0f} tokens/s", flush=True)
     final = {side: [logs[side, seed][-1]["eval_loss"] for seed in range(args.seeds)] for side in args.sides}
     for side, losses in final.items():
         spread = stdev(losses) if len(losses) > 1 else float("nan")
-        print(f"{side:9} {mean(losses):.4f} +- {spread:.4f} ({', '.join(f'{x:.4f}' for x in losses)})")
+        print(f"{side:11} {mean(losses):.4f} +- {spread:.4f} ({', '.join(f'{x:.4f}' for x in losses)})")
     first = args.sides[0]
     for side in args.sides[1:]:
         gaps = [b - a for a, b in zip(final[first], final[side], strict=True)]
