@@ -14,12 +14,13 @@ from stepladder.kernels.tiles import LOG2E, processors
 
 @triton.jit
 def _matrix(q, k, v, g, beta, start, S, y, H, V, scale, q_row, k_row, v_row, g_row, beta_row, start_row,
-            SHARE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
-            DELTA: tl.constexpr):
+            CUTS: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+            GATE: tl.constexpr, DELTA: tl.constexpr):
     """S (K, BV) of one head: decayed by no gate, one, or one a row (GATE 0 to 2); k v^T or the delta rule's added."""
-    i, c = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
-    row, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    at = tl.program_id(1).to(tl.int64) * K * V + i[:, None] * V + c[None, :]
+    i, c = tl.arange(0, BK), tl.program_id(0) % CUTS * BV + tl.arange(0, BV)
+    nth = tl.program_id(0) // CUTS      # of all rows' heads
+    row, head = (nth // H).to(tl.int64), nth % H
+    at = nth.to(tl.int64) * K * V + i[:, None] * V + c[None, :]
     ok = (i < K)[:, None] & (c < V)[None, :]
     s = tl.load(S + at, mask=ok, other=0.0)
     # Whether a document begins decides what is used, not what is loaded: the load would wait for the answer.
@@ -42,7 +43,7 @@ def _matrix(q, k, v, g, beta, start, S, y, H, V, scale, q_row, k_row, v_row, g_r
         s += kt * vt[None, :]
         out = tl.sum(qt * s, 0)
     tl.store(S + at, s, mask=ok)
-    tl.store(y + tl.program_id(1).to(tl.int64) * V + c, out.to(y.dtype.element_ty), mask=c < V)
+    tl.store(y + nth.to(tl.int64) * V + c, out.to(y.dtype.element_ty), mask=c < V)
 
 
 @triton.jit
@@ -82,11 +83,12 @@ def matrix(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | Non
     g = g if g is None else flat(g, g.dim() - 2)
     beta = beta if beta is None else flat(beta, 1)
     BK, BV = 1 << (K - 1).bit_length(), columns(B * H, V, 2 * processors(S))
-    _matrix[(-(-V // BV), B * H)](
+    cuts = -(-V // BV)
+    _matrix[(cuts * B * H,)](
         q, k, v, q if g is None else g, q if beta is None else beta, start.view(torch.uint8), S, y, H, V, scale,
         q.stride(0), k.stride(0), v.stride(0), 0 if g is None else g.stride(0), 0 if beta is None else beta.stride(0),
-        start.stride(0), SHARE=H // G, K=K, BK=BK, BV=BV, GATE=0 if g is None else g.dim() - 2, DELTA=beta is not None,
-        num_warps=4 if BK * BV <= 8192 else 8)
+        start.stride(0), CUTS=cuts, SHARE=H // G, K=K, BK=BK, BV=BV, GATE=0 if g is None else g.dim() - 2,
+        DELTA=beta is not None, num_warps=4 if BK * BV <= 8192 else 8)
     return y
 
 
