@@ -82,9 +82,9 @@ def test_inputs_may_be_slices_of_one_projection(poisoned: None) -> None:
     parts = torch.cat([made[n].flatten(2) for n in ("q", "k", "v", "beta", "g")], -1).split([8, 8, 32, 2, 2], -1)
     q, k, v = (z.unflatten(2, (-1, n)) for z, n in zip(parts, (8, 8, 16), strict=False))
     cut = made | {"q": q, "k": k, "v": v, "beta": parts[3], "g": parts[4], "start": made["start"].expand(2, 3)[:, :1]}
-    turned = made | {"q": q.mT.contiguous().mT, "v": v.mT.contiguous().mT, "start": torch.ones(2, 2).bool()[:, :1]}
+    turned = made | {"q": q.mT.contiguous().mT, "v": v.mT.contiguous().mT, "start": torch.eye(2, 3).bool()[:, :1]}
     agree(kernel(cut), definition("delta", made), 1e-5)
-    agree(kernel(turned), definition("delta", made | {"start": torch.ones(2, 1).bool()}), 1e-5)
+    agree(kernel(turned), definition("delta", made | {"start": torch.eye(2, 1).bool()}), 1e-5)
 
 
 def scan_inputs(B: int, D: int, N: int, dtype: torch.dtype = SINGLE, device: str = "cpu") -> dict[str, Any]:
@@ -112,13 +112,12 @@ def test_a_step_of_the_scan_is_the_definitions(dtype: torch.dtype, poisoned: Non
 
 
 def test_nan_stays_in_its_head_and_ends_with_its_document(poisoned: None) -> None:
-    made = matrices("delta", 3, 2, 2, 8, 8)
-    made["S"][1:, 0, 3, 4] = torch.nan                          # a document begins in row 1
+    made = matrices("delta", 3, 2, 2, 6, 8)
+    made["S"][1:, 1, 3, 4] = torch.nan                          # a document begins in row 1
+    made["k"][2, 0, 1] = torch.nan
     y, S = kernel(made)
-    assert y[:2].isfinite().all()
-    assert y[2, 0, 0].isnan().any()
-    assert y[2, 0, 1].isfinite().all()
-    assert S[:2].isfinite().all()
+    assert y[2, 0, 1].isnan().all()
+    assert all(z.isfinite().all() for z in (y[:2], S[:2], y[2, 0, 0], S[2, 0]))
     made = scan_inputs(3, 4, 4)
     made["h"][1:, 2, 1] = torch.nan
     y, h = scanned(made)
@@ -140,6 +139,21 @@ def test_steps_are_for_one_token_without_gradients(monkeypatch: pytest.MonkeyPat
     assert not step.steps(v, S, 8, learned)
     with torch.no_grad():
         assert step.steps(v, S, 8, learned)
+
+
+def test_what_does_not_fit_a_state_is_refused() -> None:
+    made = matrices("delta", 2, 4, 2, 8, 16)
+    for n, z in made.items():
+        if n != "S":
+            with pytest.raises(ValueError, match=f"^{n} is .* one token of a state .2, 4, 8, 16. needs"):
+                kernel(made | {n: torch.cat([z, z], -1)})
+    with pytest.raises(ValueError, match="3 heads of queries and keys are not shared evenly by the state's 4"):
+        kernel(made | {n: made[n][:, :, [0, 0, 0]] for n in "qk"})
+    made = scan_inputs(2, 4, 8)
+    for n, z in made.items():
+        if n != "h":
+            with pytest.raises(ValueError, match=f"^{n} is .* one token of a state .2, 4, 8. needs"):
+                scanned(made | {n: torch.cat([z, z], -1)})
 
 
 def test_the_ops_say_what_they_do_and_trace_without_a_break() -> None:
