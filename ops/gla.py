@@ -5,9 +5,24 @@ the state is emptied. g <= 0 is a log decay. Everything is computed in the dtype
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from stepladder.ops.kernels import runs
+from stepladder.ops.linear import promote
+
+try:
+    from stepladder.kernels import gla as kernels
+    from stepladder.kernels import gla_backward as backward_kernels
+except ModuleNotFoundError:     # without triton, which comes with torch for CUDA, the torch form runs
+    kernels: Any = None
+    backward_kernels: Any = None
+
+CHUNK = 64
+KEYS, VALUES = (16, 32, 64, 128), (16, 32, 64, 128, 256)        # head sizes that kernels have tiles for
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +36,7 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tens
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor,
-            chunk: int = 64) -> tuple[Tensor, Tensor]:
+            chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """The same in T / chunk sequential steps; everything inside a chunk is matrix products.
 
     Inside a chunk the products are formed by halves: rows of a right half meet columns of its left half relative to
@@ -64,3 +79,83 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
         y = y + torch.stack([torch.zeros_like(right), right], -3).flatten(-4, -2)
         half //= 2
     return y.permute(0, 2, 3, 1, 4).reshape(B, T + pad, H, V)[:, :T], S
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """y of K^-1/2 q and the state after, by the form for these tokens: kernels in v's dtype, torch as promoted."""
+    T, K, V = v.shape[1], q.shape[3], v.shape[3]
+    if T != 1 and runs("gla", v, None if v.numel() else "no tokens", None if v.dtype.itemsize < 8 else f"{v.dtype}",
+                       None if K in KEYS else f"keys of {K}; sizes are {KEYS}",
+                       None if V in VALUES else f"values of {V}; sizes are {VALUES}"):
+        return fused(q, k, v, g, start, S, K**-0.5)
+    form = recurrent if T == 1 else chunked
+    return form(promote(q) * K**-0.5, promote(k), promote(v), g, start, S)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, scale: float = 1.0,
+          chunk: int = CHUNK, segment: int = 0, block: int = 0) -> tuple[Tensor, Tensor]:
+    """The kernels, on scale * q: q, k, v of one dtype, S in fp32; the rest as kernels.gla.forward says."""
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    for name, z, shape in (("keys", k, q.shape), ("gates", g, q.shape), ("values", v, (B, T, H, V)),
+                           ("borders", start, (B, T)), ("the state", S, (B, H, K, V))):
+        if z.shape != shape:
+            raise ValueError(f"{name} {(*z.shape,)} do not go with queries {(*q.shape,)} and values {(*v.shape,)}; "
+                             f"they need {(*shape,)}")
+    if not (q.dtype == k.dtype == v.dtype) or S.dtype != torch.float32:
+        raise ValueError(f"queries, keys, values and state are {q.dtype}, {k.dtype}, {v.dtype}, {S.dtype}; kernels "
+                         "take the first three in one dtype, and the state in float32")
+    save = torch.is_grad_enabled() and any(z.requires_grad for z in (q, k, v, g, S))
+    doc = start.cumsum(1, dtype=torch.int32)
+    q, k, v, g, S = (z.contiguous() for z in (q, k, v, g, S))
+    y, S, *_ = _forward(q, k, v, g, doc, S, scale, save, chunk, segment, block)
+    return y, S
+
+
+@torch.library.custom_op("stepladder::gla", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool, chunk: int,
+             segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, S, saved, slow = kernels.forward(q, k, v, g, doc, S, scale, save, chunk, segment, block)
+    return (y, S, saved, slow) if save else (y, S, saved.new_empty(0), slow)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool, chunk: int,
+      segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, T, H, K = q.shape
+    N = (T + chunk - 1) // chunk
+    saved = q.new_empty(B, N, H, K, v.shape[-1]) if save else q.new_empty(0)
+    return torch.empty_like(v), torch.empty_like(S), saved, doc.new_empty(B, N, H, dtype=torch.int8)
+
+
+@torch.library.custom_op("stepladder::gla_backward", mutates_args=())
+def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, slow: Tensor, dy: Tensor,
+              dS: Tensor, scale: float, chunk: int, segment: int,
+              block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward_kernels.backward(q, k, v, g, doc, saved, slow, dy.contiguous(), dS.contiguous(), scale, chunk,
+                                     segment, block)
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, slow: Tensor, dy: Tensor, dS: Tensor,
+      scale: float, chunk: int, segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = torch.empty_like
+    return like(q), like(k), like(v), like(g), dS.new_empty(dS.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, g, doc, _, scale, _, *sizes = inputs
+    ctx.set_materialize_grads(False)        # what is saved beside y and S has none, and is large
+    ctx.save_for_backward(q, k, v, g, doc, *output[2:])
+    ctx.rest = scale, *sizes
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dS: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *inputs, saved, slow = ctx.saved_tensors
+    dy = torch.zeros_like(inputs[2]) if dy is None else dy
+    dS = torch.zeros_like(saved[:, 0], dtype=torch.float32) if dS is None else dS
+    dq, dk, dv, dg, dS = _backward(*inputs, saved, slow, dy, dS, *ctx.rest)
+    return dq, dk, dv, dg, None, dS, *(None,) * 5
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -70,12 +70,11 @@ class Mixer(Recurrent):
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
-        q, k = (promote(linear(x, w)).unflatten(-1, (-1, K)) for w in (self.wq, self.wk))
-        v = promote(linear(x, self.wv)).unflatten(-1, (-1, V))
+        q, k = (linear(x, w).unflatten(-1, (-1, K)) for w in (self.wq, self.wk))
+        v = linear(x, self.wv).unflatten(-1, (-1, V))
         g = promote(linear(linear(x, self.gate_down), self.gate_up)) + self.gate_bias
         g = (F.logsigmoid(g) / self.spec.tau).unflatten(-1, (-1, K))
-        form = gla.recurrent if x.shape[1] == 1 else gla.chunked
-        y, S = form(q * K**-0.5, k, v, g, ctx.start, state.S)
+        y, S = gla.mix(q, k, v, g, ctx.start, state.S)
         gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
         return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), State(S)
 

@@ -1,0 +1,215 @@
+"""Gated linear attention backward: the reverse sweep of gla_states.py, then every chunk's gradients at once.
+
+With e the decay from the chunk's middle row (gla.py), S the state before the chunk and dS the gradient of the state
+after it, dA = tril(dy v^T) and P = tril(q k^T, decayed):
+    dq = 2^e (dA k 2^-e + dy S^T 2^left)    dk = 2^-e (dA^T q 2^e + v dS^T 2^right)    dv = P^T dy + k 2^(right - e) dS
+    dg = sum over later rows of q dq - k dk, plus what the state carries past the chunk's end.
+Transposed products are formed anew. Chunks that were slow forward are slow here, in a kernel of their own.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepladder.kernels.gla import LIMIT, attend, halves, parts, rows_of, segments, since, sums
+from stepladder.kernels.gla_states import sweep
+from stepladder.kernels.tiles import LOG2E, dot
+
+
+@triton.jit
+def pairs(v, dy, row, seen, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr):
+    """dy v^T and its transpose (C, C), not masked."""
+    dA, dAt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for at in range(0, V, BV):
+        w = at + tl.arange(0, BV)
+        bv, bd = rows_of(v, row, V, w, seen), rows_of(dy, row, V, w, seen)
+        dA, dAt = dot(bd, tl.trans(bv), dA), dot(bv, tl.trans(bd), dAt)
+    return dA, dAt
+
+
+@triton.jit
+def through(v, dy, S, dS, row, x, seen, coming, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+            BV: tl.constexpr):
+    """dy S^T and v dS^T (C, BK), and the sum over values of S dS (BK,); where nothing comes in, S counts as zero."""
+    dq, dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    carried = tl.zeros([BK], tl.float32)
+    for at in range(0, V, BV):
+        w = at + tl.arange(0, BV)
+        bv, bd = rows_of(v, row, V, w, seen), rows_of(dy, row, V, w, seen)
+        bS = tl.load(S + x[:, None] * V + w[None, :], mask=coming, other=0.0)
+        bdS = tl.load(dS + x[:, None] * V + w[None, :])
+        dq, dk = dot(bd, tl.trans(bS), dq), dot(bv, tl.trans(bdS), dk)
+        carried += tl.sum(bS.to(tl.float32) * bdS.to(tl.float32), 1)
+    return dq, dk, carried
+
+
+@triton.jit
+def later(db, end):
+    """Sum over a row and all after it, plus end; a scan from the last row on is four times the instructions."""
+    return (end + tl.sum(db, 0))[None, :] - tl.cumsum(db, 0) + db
+
+
+@triton.jit
+def block(q, k, v, g, dy, S, dS, dq, dk, dg, row, x, seen, coming, dA, dAt, P, scale, K: tl.constexpr, V: tl.constexpr,
+          C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Stores dq, dk, dg of BK key channels; adds theirs to P^T and returns k, decayed to the chunk's end."""
+    r = tl.arange(0, C)
+    bg = rows_of(g, row, K, x, seen)
+    left, right = halves(bg, r, C)
+    e = tl.cumsum(bg.to(tl.float32), 0) * LOG2E - left[None, :]
+    up, down = tl.exp2(e), tl.exp2(-e)
+    bq, bk = rows_of(q, row, K, x, seen).to(tl.float32), rows_of(k, row, K, x, seen).to(tl.float32)
+    qs, ks = (bq * up).to(dA.dtype), (bk * down).to(dA.dtype)
+    P = dot(ks, tl.trans(qs), P)
+    gone, kept, carried = through(v, dy, S, dS, row, x, seen, coming, V, C, BK, BV)
+    kept = kept * (tl.exp2(right)[None, :] * down)
+    bdq = dot(dA, ks, gone * (tl.exp2(left) * scale)[None, :]) * up
+    bdk = dot(dAt, qs) * down + kept
+    end = tl.sum(bk * kept, 0) + carried * tl.exp2(left + right)
+    at = row[:, None] * K + x[None, :]
+    tl.store(dq + at, bdq.to(dq.dtype.element_ty), mask=seen[:, None])
+    tl.store(dk + at, bdk.to(dk.dtype.element_ty), mask=seen[:, None])
+    tl.store(dg + at, later(bq * bdq - bk * bdk, end).to(dg.dtype.element_ty), mask=seen[:, None])
+    return P, (bk * (down * tl.exp2(right)[None, :])).to(dA.dtype)
+
+
+@triton.jit
+def grads_kernel(q, k, v, g, doc, dy, S, dS, slow, dq, dk, dv, dg, scale, T,
+                 H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                 BV: tl.constexpr, EVEN: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)                      # (row, chunk, head)
+    if tl.load(slow + n) != 0:
+        return
+    N = tl.cdiv(T, C)
+    b, c, h = n // H // N, n // H % N, n % H
+    r = tl.arange(0, C)
+    t = c * C + r
+    seen = (t < T) | EVEN
+    row = (b * T + t) * H + h
+    coming = tl.load(doc + b * T + c * C) == tl.load(doc + b * T + c * C - 1, mask=c > 0, other=0)
+    S, dS = S + n * K * V, dS + n * K * V
+    dA, dAt = pairs(v, dy, row, seen, V, C, BV)
+    dA = tl.where(r[:, None] >= r[None, :], dA * scale, 0.0).to(dy.dtype.element_ty)
+    dAt = tl.where(r[:, None] <= r[None, :], dAt * scale, 0.0).to(dy.dtype.element_ty)
+    P = tl.zeros([C, C], tl.float32)
+    x = tl.arange(0, BK)
+    P, ka = block(q, k, v, g, dy, S, dS, dq, dk, dg, row, x, seen, coming, dA, dAt, P, scale, K, V, C, BK, BV)
+    kb = ka
+    if K > BK:
+        P, kb = block(q, k, v, g, dy, S, dS, dq, dk, dg, row, BK + x, seen, coming, dA, dAt, P, scale, K, V, C, BK, BV)
+    P = tl.where(r[:, None] <= r[None, :], P * scale, 0.0).to(dA.dtype)
+    for at in range(0, V, BV):
+        w = at + tl.arange(0, BV)
+        bdv = dot(P, rows_of(dy, row, V, w, seen))
+        bdv = dot(ka, tl.load(dS + x[:, None] * V + w[None, :]), bdv)
+        if K > BK:
+            bdv = dot(kb, tl.load(dS + (BK + x)[:, None] * V + w[None, :]), bdv)
+        tl.store(dv + row[:, None] * V + w[None, :], bdv.to(dv.dtype.element_ty), mask=seen[:, None])
+
+
+@triton.jit
+def slow_keys_kernel(q, k, v, g, doc, dy, S, dS, slow, dq, dk, dg, scale, T,
+                     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                     BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr):
+    """dq, dk, dg of BK key channels of a slow chunk, a document at a time: pairs by halves, as attend() of gla.py."""
+    n = (tl.program_id(0) // (K // BK)).to(tl.int64)
+    if tl.load(slow + n) == 0:
+        return
+    x = tl.program_id(0) % (K // BK) * BK + tl.arange(0, BK)
+    N = tl.cdiv(T, C)
+    b, c, h = n // H // N, n // H % N, n % H
+    r = tl.arange(0, C)
+    i, j = r[:, None], r[None, :]
+    row = (b * T + c * C + r) * H + h
+    docs = tl.load(doc + b * T + c * C + r, mask=c * C + r < T, other=-1)
+    before, last = tl.load(doc + b * T + c * C - 1, mask=c > 0, other=0), tl.max(docs)
+    S, dS = S + n * K * V, dS + n * K * V
+    for d in range(before, last + 1):
+        mine = docs == d
+        dA, dAt = pairs(v, dy, row, mine, V, C, BV)
+        dA, dAt = (dA * scale).to(dy.dtype.element_ty), (dAt * scale).to(dy.dtype.element_ty)
+        bg = rows_of(g, row, K, x, mine)
+        bdq, bdk, carried = through(v, dy, S, dS, row, x, mine, d == before, V, C, BK, BV)
+        bdq *= tl.exp2(sums(i >= j, bg, PARTS)) * scale
+        bdk = tl.where(d == last, bdk * tl.exp2(sums(i < j, bg, PARTS)), 0.0)
+        end = tl.where((d == before) & (d == last), carried * tl.exp2(tl.sum(bg.to(tl.float32), 0) * LOG2E), 0.0)
+        bq, bk = rows_of(q, row, K, x, mine), rows_of(k, row, K, x, mine)
+        end += tl.sum(bk * bdk, 0)
+        size = tl.full([], C, tl.int32)
+        while size > 0:
+            here = r // size * size + size // 2
+            e = sums(since(i, j, here[:, None]), bg, PARTS)
+            whole = (tl.max(tl.abs(e)) <= LIMIT) | (size == 1)
+            both = tl.where(whole, size, 0)
+            right, left = r + both >= here, r < here + both
+            same = here[:, None] == here[None, :]
+            up = tl.exp2(tl.where(right[:, None], e, float("-inf")))
+            down = tl.exp2(tl.where(left[:, None], -e, float("-inf")))
+            of_q = tl.where(same & right[:, None] & left[None, :] & (i >= j), dA, 0.0)
+            bdq += dot(of_q, (bk * down).to(dA.dtype)) * up
+            of_k = tl.where(same & left[:, None] & right[None, :] & (i <= j), dAt, 0.0)
+            bdk += dot(of_k, (bq * up).to(dA.dtype)) * down
+            size = tl.where(whole, 0, size // 2)
+        at = row[:, None] * K + x[None, :]
+        tl.store(dq + at, bdq.to(dq.dtype.element_ty), mask=mine[:, None])
+        tl.store(dk + at, bdk.to(dk.dtype.element_ty), mask=mine[:, None])
+        tl.store(dg + at, later(bq * bdq - bk * bdk, end).to(dg.dtype.element_ty), mask=mine[:, None])
+
+
+@triton.jit
+def slow_values_kernel(q, k, g, doc, dy, dS, slow, dv, scale, T,
+                       H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                       BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    if tl.load(slow + n) == 0:
+        return
+    N = tl.cdiv(T, C)
+    b, c, h = n // H // N, n // H % N, n % H
+    r = tl.arange(0, C)
+    row = (b * T + c * C + r) * H + h
+    docs = tl.load(doc + b * T + c * C + r, mask=c * C + r < T, other=-1)
+    before, last = tl.load(doc + b * T + c * C - 1, mask=c > 0, other=0), tl.max(docs)
+    for d in range(before, last + 1):
+        mine = docs == d
+        P = (attend(k, q, g, row, mine, K, C, BK, PARTS, LIMIT, True) * scale).to(dy.dtype.element_ty)
+        for at in range(0, V, BV):
+            w = at + tl.arange(0, BV)
+            bdv = dot(P, rows_of(dy, row, V, w, mine))
+            if d == last:
+                for ax in range(0, K, BK):
+                    x = ax + tl.arange(0, BK)
+                    until = sums(r[:, None] < r[None, :], rows_of(g, row, K, x, mine), PARTS)
+                    ks = (rows_of(k, row, K, x, mine) * tl.exp2(until)).to(P.dtype)
+                    bdv = dot(ks, tl.load(dS + n * K * V + x[:, None] * V + w[None, :]), bdv)
+            tl.store(dv + row[:, None] * V + w[None, :], bdv.to(dv.dtype.element_ty), mask=mine[:, None])
+
+
+# Value channels of a tile, warps. The first is run.
+GRADS = ((64, 8), (32, 8))
+
+
+def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, slow: Tensor, dy: Tensor,
+             dS: Tensor, scale: float, chunk: int = 64, segment: int = 0, block: int = 0) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dg and the gradient of the state that came in (B, H, K, V) fp32; dS is that of the state after."""
+    B, T, H, K = q.shape
+    V, N = v.shape[-1], triton.cdiv(T, chunk)
+    BK = block or min(K, 64)
+    segment = segment or segments(T, B * H * max(K // 64, 1) * max(V // 128, 1), chunk, q)
+    each = triton.cdiv(N, segment)
+    one = triton.cdiv(N, each) == 1
+    begin = dS if one else sweep(q, dy, g, doc, dS, scale, each, chunk, back=True, saved=None)
+    states = torch.empty_like(saved)
+    dS_in = sweep(q, dy, g, doc, begin, scale, each, chunk, back=True, saved=states)[:, :, 0].contiguous()
+    dq, dk, dv, dg = (torch.empty_like(z) for z in (q, k, v, g))
+    sizes, exact = (H, K, V, chunk), (parts(q, g), LIMIT[q.dtype])
+    tile, warps = GRADS[0]
+    grads_kernel[(B * N * H,)](q, k, v, g, doc, dy, saved, states, slow, dq, dk, dv, dg, scale, T, *sizes, BK,
+                               min(V, tile), T % chunk == 0, num_warps=warps, num_stages=1)
+    half = min(BK, 32)                  # more would spill; all but slow chunks are over at once
+    slow_keys_kernel[(B * N * H * K // half,)](q, k, v, g, doc, dy, saved, states, slow, dq, dk, dg, scale, T, *sizes,
+                                               half, min(V, 64), *exact, num_warps=8, num_stages=1)
+    slow_values_kernel[(B * N * H,)](q, k, g, doc, dy, states, slow, dv, scale, T, *sizes, BK, min(V, 64), *exact,
+                                     num_warps=4, num_stages=1)
+    return dq, dk, dv, dg, dS_in
