@@ -7,10 +7,18 @@ start (B, T) bool, true where a document begins and the state is emptied. Comput
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from stepladder.ops.chunks import check, cut, decay, join, share
+from stepladder.ops.kernels import runs
+
+try:
+    from stepladder.kernels import ssd as kernels
+except ModuleNotFoundError:        # no triton: the torch form runs
+    kernels: Any = None
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,3 +46,80 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
         states.append(d.keep[:, :, n] * states[-1] + add[:, :, n])
     before = torch.stack(states, 2)[:, :, :-1]
     return join((q * d.since) @ before + (q @ k.mT * d.within) @ v, T), states[-1]
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor,
+        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The fastest form there is. The kernel takes q, k and v in dtype, the layer's, and adds up in fp32."""
+    if v.shape[1] == 1:
+        return recurrent(q, k, v, g, start, S)
+    if runs("ssd", v, uncovered(q, v, dtype)):
+        return fused(q.to(dtype), k.to(dtype), v.to(dtype), g, start, S)
+    return chunked(q, k, v, g, start, S)
+
+
+def uncovered(q: Tensor, v: Tensor, dtype: torch.dtype) -> str | None:
+    """What the kernel has no answer to, if anything."""
+    (T, _, V), K = v.shape[1:], q.shape[3]
+    said = {"a machine without triton": kernels is None, f"{dtype}": dtype not in (torch.bfloat16, torch.float16),
+            f"keys of {K} channels": K not in (16, 32, 64, 128), f"values of {V} channels": V % 16 > 0,
+            "a row of no tokens": T == 0}
+    return next((words for words, true in said.items() if true), None)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, chunk: int = 64,
+          segments: int = 0) -> tuple[Tensor, Tensor]:
+    """The same as a kernel: q, k, v and y of one 16-bit type or fp32, g of any, S fp32.
+
+    segments of a row are walked side by side, at the cost of walking twice; 0: where there are too few rows and heads.
+    """
+    check(q, k, v, g, start, S)
+    inputs = tuple(z.contiguous() for z in (q, k, v, g, start.cumsum(1, dtype=torch.int32), S.float()))
+    save = torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
+    return _forward(*inputs, save, chunk, segments)[:2]
+
+
+@torch.library.custom_op("stepladder::ssd", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, save: bool, chunk: int,
+             segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.forward(q, k, v, g, doc, S, save, chunk, segments)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, save: bool, chunk: int,
+      segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, V = v.shape
+    states = v.new_empty(B, -(-T // chunk), H, q.shape[3], V) if save else v.new_empty(0)
+    return torch.empty_like(v), torch.empty_like(S), states
+
+
+@torch.library.custom_op("stepladder::ssd_backward", mutates_args=())
+def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Tensor, dy: Tensor, dS: Tensor,
+              chunk: int, segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g (fp32) and S."""
+    return kernels.backward(q, k, v, g, doc, states, dy.contiguous(), dS.contiguous(), chunk, segments)
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Tensor, dy: Tensor, dS: Tensor, chunk: int,
+      segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dg = torch.empty_like(g, dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, dS.new_empty(dS.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, S, _, ctx.chunk, ctx.segments = inputs
+    ctx.set_materialize_grads(False)        # the saved states' would be as large as they are
+    ctx.shape = S.shape
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dS: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, doc, states = ctx.saved_tensors
+    dy = torch.zeros_like(v) if dy is None else dy
+    dS = v.new_zeros(ctx.shape, dtype=torch.float32) if dS is None else dS
+    dq, dk, dv, dg, dS = _backward(q, k, v, g, doc, states, dy, dS, ctx.chunk, ctx.segments)
+    return dq, dk, dv, dg.to(g.dtype), None, dS, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

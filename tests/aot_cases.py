@@ -7,6 +7,7 @@ from stepladder.kernels import conv as conv_kernels
 from stepladder.kernels import delta as delta_kernels
 from stepladder.kernels import delta_backward as delta_backward_kernels
 from stepladder.kernels import norm as norm_kernels
+from stepladder.kernels import ssd as ssd_kernels
 from stepladder.kernels import step as step_kernels
 
 BF16 = torch.bfloat16
@@ -47,3 +48,12 @@ def delta() -> None:
         S = torch.empty(1, 16, K, K)
         made = delta_kernels.forward(q, q, q, g, g, doc, S, True, 64)
         delta_backward_kernels.backward(q, q, g, g, doc, *made[2:], q, S)
+
+
+def ssd() -> None:
+    """Mamba-2 of one group of 64 heads, 128 x 64, a row in segments. Retention of 16 heads, 128 x 128."""
+    for B, G, H, V in ((1, 1, 64, 64), (4, 16, 16, 128)):
+        q, v = torch.empty(B, 4096, G, 128, dtype=BF16), torch.empty(B, 4096, H, V, dtype=BF16)
+        g, doc, S = torch.empty(B, 4096, H), torch.empty(B, 4096, dtype=torch.int32), torch.empty(B, H, 128, V)
+        states = ssd_kernels.forward(q, q, v, g, doc, S, True)[2]
+        ssd_kernels.backward(q, q, v, g, doc, states, v, S)

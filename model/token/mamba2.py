@@ -98,8 +98,7 @@ class Mixer(Recurrent):
         v, k, q = F.silu(xBC).split([self.wx.shape[0], self.wB.shape[0], self.wC.shape[0]], -1)
         v, k, q = v.unflatten(-1, (-1, V)), k.unflatten(-1, (-1, K)), q.unflatten(-1, (-1, K))
         dt = F.softplus(promote(linear(x, self.wdt)) + self.dt_bias)                   # (B, T, H)
-        form = ssd.recurrent if x.shape[1] == 1 else ssd.chunked
-        y, S = form(q, k, v * dt.unsqueeze(-1), -self.A_log.exp() * dt, ctx.start, state.S)
+        y, S = ssd.mix(q, k, v * dt.unsqueeze(-1), -self.A_log.exp() * dt, ctx.start, state.S, x.dtype)
         y = (y + self.skip.unsqueeze(-1) * v).flatten(2) * F.silu(promote(z))
         return linear(self.normed(y).to(x.dtype), self.wo), State(S, before)
 

@@ -91,8 +91,7 @@ class Mixer(Recurrent):
             g = self.log_decay.to(v.dtype).expand(v.shape[:3])
         else:
             g = F.logsigmoid(promote(linear(x, self.gate)) + self.gate_bias) / self.spec.tau
-        form = ssd.recurrent if x.shape[1] == 1 else ssd.chunked
-        y, S = form(q * K**-0.5, k, v, g, ctx.start, state.S)
+        y, S = ssd.mix(q * K**-0.5, k, v, g, ctx.start, state.S, x.dtype)
         gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
         return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), State(S)
 
