@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.tiles import LOG2E, dot
+from stepladder.kernels.tiles import LOG2E, dot, processors
 
 # Columns of the state, warps, stages, by the size of keys; the first is taken, the others are what a bench may try.
 ACROSS = {
@@ -107,16 +107,36 @@ def edges_of(edges, bh, c, NT, C: tl.constexpr):
 
 
 @triton.jit
+def reach(edges, bh, begin, end, NT, C: tl.constexpr, SPAN: tl.constexpr, REVERSE: tl.constexpr):
+    """The first chunk that the state at `end` remembers, or (REVERSE) the last that remembers the state at `begin`."""
+    c = tl.arange(0, SPAN)
+    keep = tl.load(edges + (bh.to(tl.int64) * NT + begin + c) * C + C - 1, mask=c < end - begin, other=1.0)
+    left = tl.cumsum(tl.where(keep <= 0, FLOOR, tl.log2(tl.where(keep <= 0, 1.0, keep))), 0, reverse=not REVERSE)
+    forgotten = left < -24         # below what fp32 sees beside it
+    if REVERSE:
+        return begin + tl.min(tl.where(forgotten, c, end - begin - 1), 0)
+    return begin + tl.max(tl.where(forgotten, c, 0), 0)
+
+
+@triton.jit
 def _across(q, k, v, A, P, edges, before, y, w, states, after, T, NT, length, H, G, K: tl.constexpr,
-            V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, OUT: tl.constexpr, SAVE: tl.constexpr,
-            EVEN: tl.constexpr, STAGES: tl.constexpr):
+            V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MAP: tl.constexpr, SAVE: tl.constexpr,
+            EVEN: tl.constexpr, STAGES: tl.constexpr, SPAN: tl.constexpr):
+    """MAP: not y, but what each segment makes of an empty state, and, in K more columns, of the unit matrix."""
     bh, segment = tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     r, n, m = tl.arange(0, C), tl.arange(0, K), tl.program_id(0) * BV + tl.arange(0, BV)
-    state = n[:, None] * V + m[None, :]
-    at = (bh.to(tl.int64) * tl.num_programs(2) + segment) * K * V + state
-    S = tl.load(before + at)
-    for c in tl.range(segment * length, tl.minimum(segment * length + length, NT), num_stages=STAGES):
+    state = n[:, None] * (V + K if MAP else V) + m[None, :]
+    at = (bh.to(tl.int64) * tl.num_programs(2) + segment) * K * (V + K if MAP else V) + state
+    begin = segment * length
+    end = tl.minimum(begin + length, NT)
+    if MAP:
+        first = reach(edges, bh, begin, end, NT, C, SPAN, False)
+        S = tl.where(n[:, None] == m[None, :] - V, tl.where(first == begin, 1.0, 0.0), 0.0)
+        begin = first
+    else:
+        S = tl.load(before + at)
+    for c in tl.range(begin, end, num_stages=STAGES):
         ok = (c * C + r < T) | EVEN
         row = b.to(tl.int64) * T + c * C + r
         keys = (row * G + h // (H // G))[:, None] * K + n[None, :]
@@ -124,7 +144,7 @@ def _across(q, k, v, A, P, edges, before, y, w, states, after, T, NT, length, H,
         chunk = bh.to(tl.int64) * NT + c
         tile = chunk * C * C + r[:, None] * C + r[None, :]
         kt = tl.load(k + keys, mask=ok[:, None], other=0.0)
-        vt = tl.load(v + values, mask=ok[:, None], other=0.0)
+        vt = tl.load(v + values, mask=ok[:, None] & (m < V)[None, :] if MAP else ok[:, None], other=0.0)
         since, until, keep = edges_of(edges, bh, c, NT, C)
         Sb = S.to(kt.dtype)
         if SAVE:
@@ -132,7 +152,7 @@ def _across(q, k, v, A, P, edges, before, y, w, states, after, T, NT, length, H,
         # Where a document began the state is left out, not multiplied by 0: it may be NaN.
         error = vt.to(tl.float32) - tl.where(since[:, None] < 0, 0.0, dot(kt, Sb) * since[:, None])
         wt = dot(tl.load(A + tile), error.to(kt.dtype))
-        if OUT:
+        if not MAP:
             qt = tl.load(q + keys, mask=ok[:, None], other=0.0)
             out = tl.where(since[:, None] < 0, 0.0, dot(qt, Sb) * since[:, None])
             out = dot(tl.load(P + tile), wt.to(kt.dtype), out)
@@ -145,7 +165,19 @@ def _across(q, k, v, A, P, edges, before, y, w, states, after, T, NT, length, H,
 
 def fit(table: dict[int, list[tuple[int, int, int]]], K: int, V: int) -> tuple[int, int, int]:
     columns, warps, stages = table[max(K, 64)][0]
-    return min(columns, V), warps, stages
+    return min(columns, K, V), warps, stages
+
+
+def segment(v: Tensor, K: int, gated: bool, chunk: int) -> int:
+    """Chunks of a row that one program walks: all of them, where tiles of states alone keep the GPU busy.
+
+    What a segment does to the state before it costs as much as its outputs, unless gates let it forget that state.
+    """
+    B, T, H, V = v.shape
+    NT, tiles = -(-T // chunk), B * H * V // fit(ACROSS, K, V)[0]
+    if tiles >= processors(v) // (1 if gated else 2):
+        return NT
+    return max(8, -(-NT * tiles // (2 * processors(v))))
 
 
 class Forward(NamedTuple):
@@ -156,22 +188,35 @@ class Forward(NamedTuple):
     edges: Tensor         # (2, B, H, N, C) fp32: since and until
     w: Tensor             # (B, T, H, V)
     states: Tensor        # (B, H, N, K, V) before each chunk
+    maps: Tensor          # (B, H, segments, K, K) fp32: what each segment does to the state before it
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor,
-            save: bool, chunk: int) -> Forward:
+            save: bool, chunk: int, length: int) -> Forward:
     """q, k (B, T, G, K), v (B, T, H, V) of one 16-bit type or fp32, g (none: no decay) and beta (B, T, H), doc (B, T)
-    int32 documents begun so far, S (B, H, K, V) fp32, all contiguous. Without save, w and states are empty."""
+    int32 documents begun so far, S (B, H, K, V) fp32, all contiguous. Without save, w and states are empty. Segments of
+    `length` chunks run side by side; maps are empty where there is one."""
     B, T, H, V = v.shape
-    G, K, NT, C = q.shape[2], q.shape[3], triton.cdiv(T, chunk), chunk
+    G, K, NT, C, even = q.shape[2], q.shape[3], triton.cdiv(T, chunk), chunk, T % chunk == 0
     A, P = q.new_empty(B, H, NT, C, C), q.new_empty(B, H, NT, C, C)
-    edges, y, after = S.new_empty(2, B, H, NT, C), torch.empty_like(v), torch.empty_like(S)
+    edges, y = S.new_empty(2, B, H, NT, C), torch.empty_like(v)
     w, states = (torch.empty_like(v), q.new_empty(B, H, NT, K, V)) if save else (v.new_empty(0), v.new_empty(0))
-    even, inner = T % C == 0, tl.float32 if q.dtype == torch.float32 else tl.float16
     _inside[NT, B * H](q, k, beta if g is None else g, beta, doc, A, P, edges, T, H, G, K, C, g is not None, even,
-                       C.bit_length() - 1, inner,
-                       num_warps=4)
+                       C.bit_length() - 1, tl.float32 if q.dtype == torch.float32 else tl.float16, num_warps=4)
     BV, warps, stages = fit(ACROSS, K, V)
-    _across[V // BV, B * H, 1](q, k, v, A, P, edges, S, y, w, states, after, T, NT, NT, H, G, K, V, C, BV,
-                               True, save, even, stages, num_warps=warps)
-    return Forward(y, after, A, P, edges, w, states)
+    segments = triton.cdiv(NT, length)
+    common = (T, NT, length, H, G, K, V, C, BV)
+    before, maps = S, S.new_empty(0)
+    if segments > 1:
+        made = S.new_empty(B, H, segments, K, V + K)
+        _across[(V + K) // BV, B * H, segments](q, k, v, A, P, edges, S, y, w, states, made, *common, True, False, even,
+                                                stages, triton.next_power_of_2(length), num_warps=warps)
+        adds, maps = made[..., :V], made[..., V:].contiguous()
+        starts = [S]
+        for i in range(segments - 1):
+            starts.append(maps[:, :, i] @ starts[-1] + adds[:, :, i])
+        before = torch.stack(starts, 2)
+    after = torch.empty_like(before)
+    _across[V // BV, B * H, segments](q, k, v, A, P, edges, before, y, w, states, after, *common, False, save, even,
+                                      stages, 1, num_warps=warps)
+    return Forward(y, after[:, :, -1].contiguous() if segments > 1 else after, A, P, edges, w, states, maps)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.delta import decays, edges_of, fit
+from stepladder.kernels.delta import decays, edges_of, fit, reach
 from stepladder.kernels.tiles import dot
 
 # By the size of keys; the first is taken, the others are what a bench may try.
@@ -31,17 +31,23 @@ GRADIENTS = {    # columns of keys and of values, warps, stages, registers a thr
 
 @triton.jit
 def _reverse(q, k, A, P, edges, dy, after, dv, dstates, before, T, NT, length, H, G, K: tl.constexpr,
-             V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, OUT: tl.constexpr, EVEN: tl.constexpr,
-             STAGES: tl.constexpr):
+             V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MAP: tl.constexpr, EVEN: tl.constexpr,
+             STAGES: tl.constexpr, SPAN: tl.constexpr):
+    """MAP: nothing but what each segment alone asks of the state before it."""
     bh, segment = tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     r, n, m = tl.arange(0, C), tl.arange(0, K), tl.program_id(0) * BV + tl.arange(0, BV)
     state = n[:, None] * V + m[None, :]
     at = (bh.to(tl.int64) * tl.num_programs(2) + segment) * K * V + state
-    dS = tl.load(after + at)
-    end = tl.minimum(segment * length + length, NT)
-    for back in tl.range(segment * length, end, num_stages=STAGES):
-        c = end - 1 - (back - segment * length)
+    begin = segment * length
+    end = tl.minimum(begin + length, NT)
+    if MAP:
+        dS = tl.zeros([K, BV], tl.float32)
+        end = reach(edges, bh, begin, end, NT, C, SPAN, True) + 1
+    else:
+        dS = tl.load(after + at)
+    for back in tl.range(begin, end, num_stages=STAGES):
+        c = end - 1 - (back - begin)
         ok = (c * C + r < T) | EVEN
         row = b.to(tl.int64) * T + c * C + r
         keys = (row * G + h // (H // G))[:, None] * K + n[None, :]
@@ -53,11 +59,11 @@ def _reverse(q, k, A, P, edges, dy, after, dv, dstates, before, T, NT, length, H
         dyt = tl.load(dy + values, mask=ok[:, None], other=0.0)
         since, until, keep = edges_of(edges, bh, c, NT, C)
         dSb = dS.to(kt.dtype)
-        if OUT:
+        if not MAP:
             tl.store(dstates + chunk * K * V + state, dSb)
         dw = dot(tl.trans(tl.load(P + tile)), dyt, dot(kt, dSb) * until[:, None])
         dR = dot(tl.trans(tl.load(A + tile)), dw.to(kt.dtype))
-        if OUT:
+        if not MAP:
             tl.store(dv + values, dR.to(kt.dtype), mask=ok[:, None])
         reached = since[:, None] >= 0
         dS = tl.where(keep < 0, 0.0, dS * keep)
@@ -155,15 +161,26 @@ def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg, dbeta
 
 
 def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
-             w: Tensor, states: Tensor, dy: Tensor,
-             dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+             w: Tensor, states: Tensor, maps: Tensor, dy: Tensor, dS: Tensor,
+             length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g (empty without gates) and the initial state, from what forward() saved."""
     (B, T, H, V), (G, K), (NT, C) = dy.shape, q.shape[2:], A.shape[2:4]
-    dv, dstates, before = torch.empty_like(dy), torch.empty_like(states), torch.empty_like(dS)
-    even = T % C == 0
+    dv, dstates, even = torch.empty_like(dy), torch.empty_like(states), T % C == 0
     BV, warps, stages = fit(REVERSE, K, V)
-    _reverse[V // BV, B * H, 1](q, k, A, P, edges, dy, dS, dv, dstates, before, T, NT, NT, H, G, K, V, C, BV,
-                                True, even, stages, num_warps=warps)
+    segments = triton.cdiv(NT, length)
+    common = (T, NT, length, H, G, K, V, C, BV)
+    after = dS
+    if segments > 1:
+        adds = dS.new_empty(B, H, segments, K, V)
+        _reverse[V // BV, B * H, segments](q, k, A, P, edges, dy, dS, dv, dstates, adds, *common, True, even, stages,
+                                           triton.next_power_of_2(length), num_warps=warps)
+        ends = [dS]
+        for i in range(segments - 1, 0, -1):
+            ends.insert(0, maps[:, :, i].mT @ ends[0] + adds[:, :, i])
+        after = torch.stack(ends, 2)
+    before = torch.empty_like(after)
+    _reverse[V // BV, B * H, segments](q, k, A, P, edges, dy, after, dv, dstates, before, *common, False, even, stages,
+                                       1, num_warps=warps)
     # Heads that share a key give their parts in fp32: sums over them are in order, and rounded once.
     dq, dk = (q.new_empty(B, T, H, K, dtype=q.dtype if G == H else torch.float32) for _ in range(2))
     dbeta = torch.empty_like(beta)
@@ -174,4 +191,4 @@ def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, 
                           num_stages=stages, maxnreg=registers)
     if G < H:
         dq, dk = (z.unflatten(2, (G, -1)).sum(3).to(q.dtype) for z in (dq, dk))
-    return dq, dk, dv, dbeta, dg, before
+    return dq, dk, dv, dbeta, dg, before[:, :, 0].contiguous() if segments > 1 else before

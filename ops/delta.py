@@ -81,8 +81,11 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: 
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: Tensor, S: Tensor,
-          chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """The kernels: q, k, v of one dtype, S in fp32. Without g nothing decays."""
+          chunk: int = CHUNK, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """The kernels: q, k, v of one dtype, S in fp32. Without g nothing decays.
+
+    Segments of `length` chunks run side by side; how many there are follows from shapes where none is said.
+    """
     check(q, k, v, beta.new_zeros(()).expand(v.shape[:3]) if g is None else g, start, S)
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta {(*beta.shape,)} does not go with values {(*v.shape,)}: one a token and head")
@@ -90,53 +93,57 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start
     doc = start.cumsum(1, dtype=torch.int32)
     q, k, v, beta, S = (z.contiguous() for z in (q, k, v, beta, S))
     g = None if g is None else g.contiguous()
-    y, S, *_ = _forward(q, k, v, g, beta, doc, S, save, chunk)
+    length = length or kernels.segment(v, q.shape[3], g is not None, chunk)
+    y, S, *_ = _forward(q, k, v, g, beta, doc, S, save, chunk, length)
     return y, S
 
 
 @torch.library.custom_op("stepladder::delta", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor, save: bool,
-             chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return kernels.forward(q, k, v, g, beta, doc, S, save, chunk)
+             chunk: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return kernels.forward(q, k, v, g, beta, doc, S, save, chunk, length)
 
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor, save: bool,
-      chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, T, H, V = v.shape
-    N = (T + chunk - 1) // chunk
-    A, P = q.new_empty(B, H, N, chunk, chunk), q.new_empty(B, H, N, chunk, chunk)
-    w, states = (torch.empty_like(v), q.new_empty(B, H, N, q.shape[3], V)) if save else (q.new_empty(0), q.new_empty(0))
-    return torch.empty_like(v), torch.empty_like(S), A, P, S.new_empty(2, B, H, N, chunk), w, states
+      chunk: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, T, H, V), K = v.shape, q.shape[3]
+    N = -(-T // chunk)
+    A, P, edges = q.new_empty(B, H, N, chunk, chunk), q.new_empty(B, H, N, chunk, chunk), S.new_empty(2, B, H, N, chunk)
+    w, states = (torch.empty_like(v), q.new_empty(B, H, N, K, V)) if save else (q.new_empty(0), q.new_empty(0))
+    maps = S.new_empty(B, H, -(-N // length), K, K) if length < N else S.new_empty(0)
+    return torch.empty_like(v), torch.empty_like(S), A, P, edges, w, states, maps
 
 
 @torch.library.custom_op("stepladder::delta_backward", mutates_args=())
 def _backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
-              w: Tensor, states: Tensor, dy: Tensor,
-              dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backward_kernels.backward(q, k, g, beta, doc, A, P, edges, w, states, dy.contiguous(), dS.contiguous())
+              w: Tensor, states: Tensor, maps: Tensor, dy: Tensor, dS: Tensor,
+              length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward_kernels.backward(q, k, g, beta, doc, A, P, edges, w, states, maps, dy.contiguous(), dS.contiguous(),
+                                     length)
 
 
 @_backward.register_fake
 def _(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
-      w: Tensor, states: Tensor, dy: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+      w: Tensor, states: Tensor, maps: Tensor, dy: Tensor, dS: Tensor,
+      length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dg = beta.new_empty(0) if g is None else torch.empty_like(g)
     dS = dS.new_empty(dS.shape)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), torch.empty_like(beta), dg, dS
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, _, g, beta, doc, *_ = inputs
+    q, k, _, g, beta, doc, *_, ctx.length = inputs
     ctx.set_materialize_grads(False)        # what is saved beside y and S has none, and is large
     ctx.save_for_backward(q, k, g, beta, doc, *output[2:])
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dS: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    *inputs, w, states = ctx.saved_tensors
+    *inputs, w, states, maps = ctx.saved_tensors
     dy = torch.zeros_like(w) if dy is None else dy
     dS = torch.zeros_like(states[:, :, 0], dtype=torch.float32) if dS is None else dS
-    dq, dk, dv, dbeta, dg, dS = _backward(*inputs, w, states, dy, dS)
-    return dq, dk, dv, None if inputs[2] is None else dg, dbeta, None, dS, None, None
+    dq, dk, dv, dbeta, dg, dS = _backward(*inputs, w, states, maps, dy, dS, ctx.length)
+    return dq, dk, dv, None if inputs[2] is None else dg, dbeta, None, dS, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

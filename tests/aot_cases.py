@@ -42,12 +42,14 @@ def step() -> None:
 
 
 def delta() -> None:
-    """Gated delta of 16 heads of 128, without and with ends to fill, and the largest heads."""
-    for K, T in ((128, 4096), (256, 4000)):
+    """Gated delta of 16 heads of 128 in segments, and backward the largest heads, with ends to fill."""
+    for K, T, length in ((128, 4096, 16), (256, 4000, 99)):
         q, g, doc = torch.empty(1, T, 16, K, dtype=BF16), torch.empty(1, T, 16), torch.empty(1, T, dtype=torch.int32)
-        S = torch.empty(1, 16, K, K)
-        made = delta_kernels.forward(q, q, q, g, g, doc, S, True, 64)
-        delta_backward_kernels.backward(q, q, g, g, doc, *made[2:], q, S)
+        S, tiles, states = torch.empty(1, 16, K, K), q.new_empty(1, 16, 63, 64, 64), q.new_empty(1, 16, 63, K, K)
+        saved = (tiles, tiles, S, q, states, S)
+        if K == 128:
+            saved = delta_kernels.forward(q, q, q, g, g, doc, S, True, 64, length)[2:]
+        delta_backward_kernels.backward(q, q, g, g, doc, *saved, q, S, length)
 
 
 def ssd() -> None:

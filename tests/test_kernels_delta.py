@@ -38,8 +38,8 @@ def inputs(T: int = 37, gate: str = "-1 to 0", begins: list[int] | None = None, 
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, start: Tensor, S: Tensor,
-           g: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return delta.fused(q, k, v, g, beta, start, S, CHUNK)
+           g: Tensor | None = None, length: int = 99) -> tuple[Tensor, Tensor]:
+    return delta.fused(q, k, v, g, beta, start, S, CHUNK, length)
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, start: Tensor, S: Tensor,
@@ -67,6 +67,26 @@ def test_rows_of_any_length(T: int, poisoned: None) -> None:
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 def test_heads_that_share_a_key_add_up_their_gradients(dtype: torch.dtype, poisoned: None) -> None:
     agree(kernel, definition, inputs(20, begins=[9], dtype=dtype, G=2, H=4, V=64), BAR[dtype])
+
+
+@pytest.mark.parametrize("gate", ["0", "-1 to 0", "of all sizes", None])
+def test_segments_of_a_row_run_side_by_side(gate: str | None, poisoned: None) -> None:
+    """What comes before is forgotten inside a segment where gates, or a document, say so."""
+    made = inputs(77, gate or "0", [40] if gate == "0" else [], G=1, H=1)
+    if gate is None:
+        del made["g"]
+    for length in (1, 2):
+        agree(partial(kernel, length=length), definition, made, 1e-5)
+
+
+def test_rows_are_cut_only_where_heads_are_few() -> None:
+    def chunks(T: int, H: int, gated: bool = True) -> int:
+        return delta.kernels.segment(torch.empty(1, T, H, 128), 128, gated, 64)
+
+    assert chunks(32768, 64) == 512
+    assert chunks(32768, 16) < 512
+    assert (chunks(32768, 16, gated=False), chunks(32768, 17, gated=False)) == (125, 512)
+    assert chunks(256, 1) == 8
 
 
 def test_without_gates_nothing_decays(poisoned: None) -> None:
@@ -114,9 +134,9 @@ def test_kernels_repeat_bitwise(poisoned: None) -> None:
 def test_what_no_gradient_asks_for_is_not_saved() -> None:
     made = inputs(20)
     made["doc"] = made.pop("start").cumsum(1, dtype=torch.int32)
-    y, S, *_, w, states = delta._forward(**made, save=False, chunk=CHUNK)
+    y, S, *_, w, states, _ = delta._forward(**made, save=False, chunk=CHUNK, length=99)
     assert w.numel() == states.numel() == 0
-    want = delta._forward(**made, save=True, chunk=CHUNK)
+    want = delta._forward(**made, save=True, chunk=CHUNK, length=99)
     assert torch.equal(y, want[0])
     assert torch.equal(S, want[1])
 
@@ -133,14 +153,14 @@ def test_the_operators_are_registered_whole() -> None:
     made = inputs(3, G=1, H=1)
     made["doc"] = made.pop("start").cumsum(1, dtype=torch.int32)
     for gates in (True, False):
-        plain = {**made, "g": made["g"] if gates else None, "chunk": CHUNK}
+        plain = {**made, "g": made["g"] if gates else None, "chunk": CHUNK, "length": 99}
         y, S, *saved = delta._forward(**plain, save=True)
         asked = {n: x.clone().requires_grad_() if getattr(x, "dtype", None) == SINGLE else x for n, x in plain.items()}
         torch.library.opcheck(delta._forward, (), {**(asked if gates else plain), "save": gates})
-        names = ("A", "P", "edges", "w", "states")
+        names = ("A", "P", "edges", "w", "states", "maps")
         torch.library.opcheck(delta._backward, (), {
             **{n: plain[n] for n in ("q", "k", "g", "beta", "doc")}, **dict(zip(names, saved, strict=True)), "dy": y,
-            "dS": S})
+            "dS": S, "length": 99})
 
 
 def test_a_compiled_call_has_no_break() -> None:
