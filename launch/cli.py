@@ -24,6 +24,7 @@ data
 training
   train       train or resume a run from its TOML file
   slurm       print or submit the job of a run
+  check       look whether machines are fit for a run
   status      say where a run stands
   plot        draw the curves of runs
   compare     what runs differ in, and their curves over each other
@@ -56,7 +57,10 @@ EXAMPLES = {
   stepladder generate runs/first --prompt-file prompts.txt --tokens 500 --seed 7""",
     "slurm": """\
   stepladder slurm run.toml --nodes 4 --time 12:00:00
-  stepladder slurm run.toml parallel.tp=8 --nodes 4 --time 12:00:00 --folder runs/first --submit""",
+  stepladder slurm run.toml parallel.tp=8 --nodes 2-4 --time 12:00:00 --folder runs/first --submit""",
+    "check": """\
+  stepladder check --gpus 8 --disk runs/first --gib 500
+  srun --nodes 2 --ntasks-per-node 8 stepladder check --gpus 8 --nodes n1 n2""",
     "status": "  stepladder status runs/first",
     "export": "  stepladder export runs/first first.safetensors",
     "plot": "  stepladder plot runs/first runs/second --out curves.png",
@@ -160,7 +164,8 @@ def _run_file(p: argparse.ArgumentParser) -> None:
 
 def _slurm(p: argparse.ArgumentParser) -> None:
     _run_file(p)
-    p.add_argument("--nodes", metavar="N", type=_count, default=1, help="(default: 1)")
+    p.add_argument("--nodes", metavar="N[-M]", type=_range, default=(1, 1),
+                   help="or as many as there are from N to M, with the same batch (default: 1)")
     p.add_argument("--time", metavar="LIMIT", default="24:00:00", help="of one job; restarts go on (default: 24:00:00)")
     p.add_argument("--per-node", metavar="N", type=_count, default=8, help="processes, and GPUs, a node (default: 8)")
     p.add_argument("--start", choices=("torchrun", "srun"), default="torchrun",
@@ -173,6 +178,16 @@ def _slurm(p: argparse.ArgumentParser) -> None:
 
 def _status(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", metavar="RUN", help="run folder")
+
+
+def _check(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--gpus", metavar="N", type=int, default=0, help="this machine is to have (default: 0, on CPUs)")
+    p.add_argument("--disk", metavar="DIR", action="append", default=[], help="to be written to; may be given again")
+    p.add_argument("--gib", metavar="X", type=_from0, default=10.0, help="free in each DIR (default: 10)")
+    p.add_argument("--also", metavar="CMD", help="of your site, to end with 0: 'dcgmi diag -r 1'")
+    p.add_argument("--nodes", metavar="NAME", nargs="+", help="the machines, in the order of their processes")
+    p.add_argument("--minutes", metavar="N", type=_above0, default=3.0, help="who says nothing for so long is unfit")
+    p.add_argument("--bad", metavar="FILE", help="write the unfit machines there, one a line")
 
 
 def _train(p: argparse.ArgumentParser) -> None:
@@ -252,6 +267,8 @@ COMMANDS = {
     "train": Command("Train the run of a TOML file, or resume it; also under torchrun.", _train, _program("train")),
     "slurm": Command("Print the Slurm job of a run, slurm/train.sbatch filled in, or submit it.", _slurm,
                      _program("slurm")),
+    "check": Command("Look whether machines are fit: GPUs, disks, your own command, and a sum over all processes.",
+                     _check, _program("check")),
     "status": Command("Say where a run stands: step, time left, restarts, last checkpoint, last error.", _status,
                       _program("status")),
     "plot": Command("Draw loss, gradient norm, learning rate and speed as a PNG.", _plot, _program("plot")),
@@ -276,7 +293,15 @@ def _number(kind: type, holds: Callable[[Any], bool], expected: str) -> Callable
 
 _count = _number(int, lambda n: n >= 1, "an integer, at least 1")
 _from0 = _number(float, lambda x: 0 <= x < float("inf"), "a number, 0 or more")
+_above0 = _number(float, lambda x: 0 < x < float("inf"), "a number above 0")
 _share = _number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    if not low.isdecimal() or not (high or low).isdecimal() or not 1 <= int(low) <= int(high or low):
+        raise argparse.ArgumentTypeError(f"{text} must be a number of nodes like 4, or a range like 2-4")
+    return int(low), int(high or low)
 
 
 def _size(text: str) -> int:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stepladder.launch import config, rules
+from stepladder.launch.toml import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "slurm" / "train.sbatch"
@@ -20,13 +21,17 @@ def run(args: argparse.Namespace) -> int:
     chosen = config.load(args.config, args.overrides)
     # A login node has no GPU, which says nothing about the nodes of the job.
     here = replace(chosen, train=replace(chosen.train, device="cpu", graph=False))
-    rules.check(here, args.nodes * args.per_node)
+    low, high = args.nodes
+    rules.check(here, low * args.per_node)
+    fit = [n for n in range(low, high + 1) if _fits(here, n * args.per_node)]
     folder = Path(args.run or Path("runs") / Path(args.config).stem).absolute()
-    options = {"job-name": Path(args.config).stem, "nodes": str(args.nodes), "time": args.time,
-               "partition": args.partition, "account": args.account,
-               "gpus-per-node": str(args.per_node) if chosen.train.device != "cpu" else ""}
+    options = {"job-name": Path(args.config).stem, "nodes": f"{low}-{high}" if low < high else f"{low}",
+               "time": args.time, "partition": args.partition, "account": args.account,
+               "gpus-per-node": str(args.per_node) if chosen.train.device != "cpu" else "",
+               "exclude": ",".join(_excluded(folder)) or None}
     settings = {"RUN": str(Path(args.config).absolute()), "FOLDER": str(folder), "ARGS": args.overrides,
                 "PER_NODE": str(args.per_node), "START": args.start, "RESTARTS": str(args.restarts),
+                "FIT": [str(n) for n in fit] if len(fit) <= high - low else [],
                 "BIN": str(Path(sys.executable).parent), "CODE": str(ROOT)}
     text = filled(TEMPLATE.read_text(), options, settings)
     if not args.submit:
@@ -39,6 +44,21 @@ def run(args: argparse.Namespace) -> int:
         return subprocess.run(["sbatch", f"--output={folder}/slurm/%x-%j.out", str(script)]).returncode and 2
     except FileNotFoundError:
         raise ValueError(f"sbatch is not on this machine; submit {script} on a login node of the cluster") from None
+
+
+def _fits(run: config.Run, processes: int) -> bool:
+    try:
+        rules.check(run, processes)
+    except ConfigError:
+        return False
+    return True
+
+
+def _excluded(folder: Path) -> list[str]:
+    """The nodes that an earlier job of this run found unfit."""
+    file = folder / "slurm" / "excluded"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return sorted({line.split()[0] for line in lines if line.strip()})
 
 
 def filled(text: str, options: dict[str, str | None], settings: dict[str, str | list[str]]) -> str:

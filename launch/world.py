@@ -62,8 +62,10 @@ class World:
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
 
-    def meet(self) -> dist.Store | None:
-        """The store through which ranks speak before any of them touches a GPU; none for one rank alone."""
+    def meet(self, together: bool = True) -> dist.Store | None:
+        """The store through which ranks speak before any of them touches a GPU; none for one rank alone.
+
+        together: wait until all are there; else rank 0 can say who is missing, where it has the store."""
         if self.size == 1:
             return None
         if dist.is_initialized():
@@ -72,17 +74,18 @@ class World:
             f"rank {self.rank} of {self.size} still waits for others to come", file=sys.stderr, flush=True))
         patience.daemon = True
         patience.start()
-        store = self._store() if self.address else next(dist.rendezvous("env://", self.rank, self.size))[0]
+        store = self._store(together) if self.address else next(dist.rendezvous("env://", self.rank, self.size))[0]
         patience.cancel()
         # torchrun's store outlives a restart of its workers: what they said before must not be taken for an answer.
         return dist.PrefixStore(f"attempt/{self.attempt}", store)
 
-    def _store(self) -> dist.Store:
+    def _store(self, together: bool) -> dist.Store:
         """Rank 0 listens on the interface of its address; torch's own store would listen on all of them."""
         host, _, port = self.address.rpartition(":")
         if not self.main:
             return dist.TCPStore(host, int(port), self.size)
-        return dist.TCPStore(host, int(port), self.size, True, master_listen_fd=listen(host, int(port)).detach())
+        return dist.TCPStore(host, int(port), self.size, True, wait_for_workers=together,
+                             master_listen_fd=listen(host, int(port)).detach())
 
     def connect(self, device: torch.device, store: dist.Store | None, limit: timedelta) -> None:
         """Join the process group of all ranks; torch ends a collective that takes longer than `limit`."""

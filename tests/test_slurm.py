@@ -21,7 +21,7 @@ needs_slurm = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
     assert not cluster.missing()
-    with cluster.Cluster(tmp_path_factory.mktemp("slurm"), 2) as up:
+    with cluster.Cluster(tmp_path_factory.mktemp("slurm"), 3) as up:
         yield up
 
 
@@ -36,7 +36,8 @@ def job(nodes: cluster.Cluster, tmp_path: Path) -> Callable[..., str]:
         (tmp_path / "run.toml").touch()
         script = tmp_path / "train.sbatch"
         script.write_text(slurm.filled(slurm.TEMPLATE.read_text(), {"nodes": "2", "gpus-per-node": ""}, {
-            "PER_NODE": "1", "START": "srun", "FOLDER": f"{tmp_path}/run", "BIN": str(stepladder.parent), **settings}))
+            "PER_NODE": "1", "START": "srun", "FOLDER": f"{tmp_path}/run", "BIN": str(stepladder.parent),
+            "CHECK": [], **settings}))
         return nodes.submit(script, f"--output={tmp_path}/log", *options)
     return submit
 
@@ -108,7 +109,7 @@ def test_a_preempted_job_starts_again_with_and_without_grace(nodes, job, tmp_pat
     nodes.call("scontrol", "update", "partitionname=low", f"GraceTime={grace}")
     number = job(LISTENS)
     nodes._wait("the tasks", lambda: len([*tmp_path.glob("run/ready-0-*")]) == 2, 20)
-    nodes.call("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
+    nodes.call("srun", "--partition=high", "--nodes=3", "--exclusive", "true")
     nodes.wait(number, "RUNNING", 20, restarts=1)
     nodes._wait("the tasks", lambda: len([*tmp_path.glob("run/ready-1-*")]) == 2, 20)
     nodes.call("scancel", "--signal=USR1", number)
@@ -131,6 +132,29 @@ def test_the_run_folder_says_what_ran_and_no_secrets(nodes, job, tmp_path, monke
     head = subprocess.run(["git", "-C", slurm.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert (logs / "commit.txt").read_text() == head
     assert not any(f.stat().st_mode & 0o002 for f in (tmp_path / "run").rglob("*"))
+
+
+UNFIT = """if [ "$1" = check ]; then
+  [[ " $* " == *" n2 "* && $SLURM_PROCID = 0 ]] || exit 0
+  while [ "$1" != --bad ]; do shift; done
+  echo -n "WHO" >"$2"; exit 1
+fi
+[ "$1" = train ] && echo "trained on $SLURM_JOB_NODELIST" >trained"""
+
+
+@needs_slurm
+@pytest.mark.parametrize(("who", "says"), [
+    ("n2 its disk is full\n", "requeued without n2: delete in "),
+    ("", "not started: no node is fitter than the others; ")])
+def test_a_job_starts_again_without_the_nodes_that_are_unfit(nodes, job, tmp_path, who, says):
+    number = job(UNFIT.replace("WHO", who), CHECK=["--gib", "0"])
+    nodes.wait(number, "COMPLETED" if who else "FAILED", 30)
+    assert says in (tmp_path / "log").read_text()
+    assert (tmp_path / "run" / "trained").exists() is bool(who)
+    if who:
+        assert (tmp_path / "run" / "trained").read_text() == "trained on n[1,3]\n"
+        excluded = (tmp_path / "run" / "slurm" / "excluded").read_text()
+        assert re.fullmatch(rf"n2 its disk is full \(job {number}, [-:T\d]+\)\n", excluded)
 
 
 STEPS = 60
@@ -157,6 +181,14 @@ def power_off(nodes: cluster.Cluster, number: str) -> None:
     nodes.on("n2")
 
 
+def script(capsys: pytest.CaptureFixture[str], folder: Path, config: Path, *more: str, check: bool = False) -> Path:
+    """What `stepladder slurm` prints for runs of one process a node; check: its nodes are checked before."""
+    assert cli.main(["slurm", str(config), "--per-node", "1", "--folder", str(folder / "run"), *more]) == 0
+    (folder / "train.sbatch").write_text(capsys.readouterr().out.replace(
+        "(--gib 20)", "(--gib 0.01)" if check else "()"))
+    return folder / "train.sbatch"
+
+
 @needs_slurm
 @pytest.mark.parametrize(("start", "disturb", "told"), [
     ("torchrun", usr1, ["start", "signal", "end", "resume", "end"]),
@@ -164,11 +196,9 @@ def power_off(nodes: cluster.Cluster, number: str) -> None:
 def test_a_disturbed_job_has_the_losses_of_an_undisturbed_run(nodes, undisturbed, tmp_path, capsys, start, disturb,
                                                               told):
     run = tmp_path / "run"
-    assert cli.main(["slurm", str(undisturbed / "run.toml"), "--nodes", "2", "--per-node", "1", "--start", start,
-                     "--folder", str(run)]) == 0
-    script = tmp_path / "train.sbatch"
-    script.write_text(capsys.readouterr().out)
-    number = nodes.submit(script, f"--output={tmp_path}/log")
+    job = script(capsys, tmp_path, undisturbed / "run.toml", "--nodes", "2", "--start", start,
+                 check=start == "torchrun")
+    number = nodes.submit(job, f"--output={tmp_path}/log", "--exclude=n3")
     nodes._wait("a checkpoint", lambda: any(run.glob("checkpoints/step-????????")), 90)
     disturb(nodes, number)
     job = nodes.wait(number, "COMPLETED", 90, restarts=1)
@@ -179,7 +209,28 @@ def test_a_disturbed_job_has_the_losses_of_an_undisturbed_run(nodes, undisturbed
     ours, theirs = records(run), records(undisturbed / "run")
     assert [ours[s]["loss"] for s in range(1, STEPS + 1)] == [theirs[s]["loss"] for s in range(1, STEPS + 1)]
     assert [r["step"] for r in ours.values() if r.get("resumed")]
+    checked = [log.read_text() for log in run.glob("slurm/*/check.log")]
+    assert checked == (["2 machines fit: n1 n2\n"] * 2 if start == "torchrun" else [])
     if start == "torchrun":          # nothing between Slurm and the ranks died of the signal while they saved
         assert ", code 0: requeued" in (tmp_path / "log").read_text()
     if start == "srun":
         assert re.search(r"rank 1 \(.*\) has been silent for \d+ s", happened[1]["error"])
+
+
+@needs_slurm
+def test_a_job_that_lost_a_node_goes_on_with_fewer_and_the_same_batch(nodes, undisturbed, tmp_path, capsys):
+    job = script(capsys, tmp_path, undisturbed / "run.toml", "--nodes", "1-2", "--start", "srun")
+    number, run = nodes.submit(job, f"--output={tmp_path}/log", "--exclude=n3"), tmp_path / "run"
+    nodes._wait("a checkpoint", lambda: any(run.glob("checkpoints/step-????????")), 90)
+    nodes.off("n2")
+    nodes.call("scontrol", "update", "nodename=n2", "state=down", "reason=off")        # what Slurm finds out by itself
+    try:
+        nodes.wait(number, "COMPLETED", 90, restarts=1)
+    finally:
+        nodes.on("n2")
+    assert [e["ranks"] for e in events.read(run) if "ranks" in e] == [2, 1]
+    ours, theirs = records(run), records(undisturbed / "run")
+    assert {s: r["tokens"] for s, r in ours.items()} == {s: r["tokens"] for s, r in theirs.items()}
+    for steps, most in ((20, 1e-5), (STEPS, 5e-3)):                # rounding grows
+        assert [ours[s]["loss"] for s in range(1, steps + 1)] == pytest.approx(
+            [theirs[s]["loss"] for s in range(1, steps + 1)], rel=most)

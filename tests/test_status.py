@@ -88,6 +88,21 @@ def test_what_cannot_run_on_so_many_ranks_is_refused_before_the_queue(capsys):
     assert "the number of processes = 8 is not divisible by parallel.tp x parallel.pp = 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("more", "fit"), [([], "2 4"), (["data.lanes=96", "data.batch_tokens=393216"], "")])
+def test_a_job_of_as_many_nodes_as_there_are_knows_which_numbers_the_batch_can_be_dealt_to(capsys, tmp_path: Path,
+                                                                                         more: list[str], fit: str):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "excluded").write_text("n7 its disk is full (job 3)\nn2 silent\nn7 silent\n")
+    flags = ["--nodes", "2-4", "--per-node", "1", "--folder", str(tmp_path)]
+    assert cli.main(["slurm", str(EXAMPLE), *flags, *more]) == 0
+    job = capsys.readouterr().out
+    assert "\n#SBATCH --nodes=2-4 " in job
+    assert f"\nFIT=({fit}) " in job
+    assert "\n#SBATCH --exclude=n2,n7\n" in job                # what an earlier job found unfit
+    assert cli.main(["slurm", str(EXAMPLE), *flags, *more, "--nodes", "3-4"]) == (2 if fit else 0)
+    assert ("as it is, it runs on dp = 1, 2, 4" in capsys.readouterr().err) is bool(fit)
+
+
 def test_submitting_where_there_is_no_slurm_leaves_the_script(capsys, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main(["slurm", str(EXAMPLE), "--folder", str(tmp_path / "run"), "--submit", "--per-node", "4"]) == 2

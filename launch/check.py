@@ -1,0 +1,169 @@
+"""stepladder check: whether machines are fit for a run: this one, or under srun all of a job, as in slurm/train.sbatch.
+
+The first process of each machine looks at its GPUs, its disks and what else it is told to. Then all sum a number:
+inside each machine, so that a broken one shows, and over all. Who is silent for longer than the limit is at fault, too.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import xml.etree.ElementTree as xml
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from stepladder.launch import world
+
+FREE = 0.95                                # of a GPU's memory
+MARGIN = timedelta(seconds=30)             # for rank 0 to say whom it missed
+GOODBYE = timedelta(seconds=5)             # for the others to hear that it is over
+EVERYBODY = "all"                          # in place of a machine: it could not be told which
+
+
+def run(args: argparse.Namespace) -> int:
+    """The program: `stepladder check`. 1 if a machine is unfit: named on the console and in the file of --bad."""
+    w, limit = world.find(), timedelta(minutes=args.minutes)
+    nodes = args.nodes or [socket.gethostname()]
+    if w.size % len(nodes):
+        raise ValueError(f"{w.size} processes are not equally many on each of {len(nodes)} machines; give all their "
+                         "names with --nodes, and start as many on each")
+    each = w.size // len(nodes)
+    told = "; ".join(faults(args, limit)) if w.rank % each == 0 else ""
+    store = w.meet(together=False)
+    if store is None:
+        return report({nodes[0]: told} if told else {}, nodes, args.bad)
+    store.set(f"said/{w.rank}", told)
+    bad = judge(store, "said", nodes, w.size, limit) if w.main else {}
+    if not bad:
+        own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # this thread waits in the other one
+        threading.Thread(target=add_up, args=(w, own, each, args.gpus, limit), daemon=True).start()
+        for what in ("inside", "over all"):
+            bad = bad or (judge(store, what, nodes, w.size, limit) if w.main else {})
+    code = report(bad, nodes, args.bad) if w.main else 0
+    with contextlib.suppress(RuntimeError):
+        if w.main:
+            store.set("over", "")
+            store.wait([f"heard/{rank}" for rank in range(1, w.size)], GOODBYE)
+        else:
+            store.wait(["over"], 3 * limit + MARGIN)
+            store.set(f"heard/{w.rank}", "")
+    sys.stdout.flush()
+    os._exit(code)                          # a collective may hang
+
+
+def faults(args: argparse.Namespace, limit: timedelta) -> Iterator[str]:
+    """What is wrong with this machine."""
+    if args.gpus:
+        found = torch.cuda.device_count()
+        if found != args.gpus:
+            yield f"torch finds {found} GPUs instead of {args.gpus}"
+        yield from gpus(limit)
+    for folder in map(Path, args.disk):
+        yield from disk(folder, args.gib)
+    if args.also:
+        yield from _said(["bash", "-c", args.also], args.also, limit)[1]
+
+
+def gpus(limit: timedelta) -> Iterator[str]:
+    """What nvidia-smi, where there is one, says of the GPUs."""
+    if shutil.which("nvidia-smi") is None:
+        return
+    text, wrong = _said(["nvidia-smi", "-q", "-x"], "nvidia-smi", limit)
+    yield from wrong
+    with contextlib.suppress(xml.ParseError):
+        for gpu in xml.fromstring(text).findall("gpu"):
+            yield from (f"GPU {gpu.get('id')} {fault}" for fault in _ails(gpu))
+
+
+def _ails(gpu: xml.Element) -> Iterator[str]:
+    says = lambda path: (gpu.findtext(path) or "").strip()
+    total, free = (float(says(f"fb_memory_usage/{what}").partition(" ")[0] or 0) for what in ("total", "free"))
+    if free < FREE * total:
+        yield f"has {free / 1024:.1f} of {total / 1024:.1f} GiB free, others use it"
+    errors = sum(int(e.text or 0) for e in gpu.findall("ecc_errors/volatile/*")
+                 if "uncorrectable" in e.tag and (e.text or "").strip().isdecimal())
+    if errors:
+        yield f"has {errors} uncorrectable memory errors"
+    for path in ("remapped_rows/remapped_row_pending", "remapped_rows/remapped_row_failure",
+                 "retired_pages/pending_retirement"):
+        if says(path) == "Yes":
+            yield f"has {path.rpartition('/')[2].replace('_', ' ')}"
+    if says("gpu_recovery_action") not in ("", "None", "N/A"):     # what an Xid error asks for
+        yield f"wants {says('gpu_recovery_action')}"
+
+
+def disk(folder: Path, gib: float) -> Iterator[str]:
+    """Room, and that something can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free / 2**30
+        if free < gib:
+            yield f"{folder} has {free:.3g} GiB free, {gib:g} are wanted"
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        yield f"{folder}: {error.strerror}"
+
+
+def _said(command: Sequence[str], name: str, limit: timedelta) -> tuple[str, list[str]]:
+    """What a command prints, and what is wrong if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit.total_seconds())
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", [f"{name}: {error}"]
+    last = [f": {line}" for line in (*done.stdout.splitlines(), *done.stderr.splitlines())][-1:]
+    return done.stdout, [f"{name} ended with {done.returncode}{''.join(last)}"] * (done.returncode != 0)
+
+
+def judge(store: dist.Store, what: str, nodes: Sequence[str], size: int, limit: timedelta) -> dict[str, str]:
+    """Rank 0: the machines that said something bad, or not all of whose processes said anything."""
+    each, keys = size // len(nodes), [f"{what}/{rank}" for rank in range(size)]
+    with contextlib.suppress(RuntimeError):
+        store.wait(keys, limit)
+    found: dict[str, str] = {}
+    for rank, key in enumerate(keys):
+        said = store.get(key).decode() if store.check([key]) else f"silent for {limit.total_seconds():.0f} s"
+        if said:
+            found.setdefault(nodes[rank // each], said if what == "said" else f"sum {what}: {said}")
+    if len(found) == len(nodes) > 1:
+        return {EVERYBODY: " and ".join(dict.fromkeys(found.values()))}
+    if what == "said" and len(nodes) > 2 and nodes[0] not in found and len(found) == len(nodes) - 1:
+        return {nodes[0]: "hears nobody"}
+    return found
+
+
+def add_up(w: world.World, store: dist.Store, each: int, gpus: int, limit: timedelta) -> None:
+    """A one of every process, summed inside each machine and over all."""
+    what = "inside"
+    try:
+        device = w.device("cuda" if gpus else "cpu")
+        w.connect(device, store, 2 * limit)
+        inside = dist.new_subgroups(each)[0] if each > 1 else None
+        for what, group, want in (("inside", inside, each), ("over all", dist.group.WORLD, w.size)):
+            one = torch.ones(1, device=device)
+            if want > 1:
+                dist.all_reduce(one, group=group)
+            store.set(f"{what}/{w.rank}", "" if int(one) == want else f"{int(one)} instead of {want}")
+    except (RuntimeError, ValueError) as error:
+        store.set(f"{what}/{w.rank}", str(error).partition("\n")[0])
+
+
+def report(bad: dict[str, str], nodes: Sequence[str], file: str | None) -> int:
+    """The machines to leave out are written to `file`: none if all are fit, or none can be told from the others."""
+    for node, why in bad.items():
+        print(f"{node}: {why}")
+    if not bad:
+        print(f"{len(nodes)} machine{'s' * (len(nodes) > 1)} fit: {' '.join(nodes)}")
+    if file is not None:
+        Path(file).write_text("".join(f"{node} {why}\n" for node, why in bad.items() if node != EVERYBODY))
+    return int(bool(bad))

@@ -1,0 +1,89 @@
+"""stepladder check names the machines that are unfit for a run, and those alone."""
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_watch import ends
+
+from stepladder.launch import check, cli
+
+SMI = """#!/bin/sh
+cat <<END
+<?xml version="1.0" ?><nvidia_smi_log><attached_gpus>2</attached_gpus>
+<gpu id="0:1"><fb_memory_usage><total>81559 MiB</total><reserved>600 MiB</reserved><used>2 MiB</used>
+<free>80957 MiB</free></fb_memory_usage><ecc_errors><volatile><dram_correctable>3</dram_correctable>
+<dram_uncorrectable>0</dram_uncorrectable></volatile></ecc_errors><remapped_rows>
+<remapped_row_pending>No</remapped_row_pending></remapped_rows><gpu_recovery_action>None</gpu_recovery_action></gpu>
+<gpu id="0:2">{}</gpu></nvidia_smi_log>
+END
+exit {}
+"""
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A machine of two GPUs; nvidia-smi says `ails` of the second."""
+    def machine(ails: str, code: int = 0) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(SMI.format(ails, code))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    return machine
+
+
+@pytest.mark.parametrize(("ails", "says"), [
+    ("<fb_memory_usage><total>81559 MiB</total><free>40000 MiB</free></fb_memory_usage>",
+     "GPU 0:2 has 39.1 of 79.6 GiB free, others use it"),
+    ("<ecc_errors><volatile><dram_uncorrectable>2</dram_uncorrectable></volatile></ecc_errors>",
+     "GPU 0:2 has 2 uncorrectable memory errors"),
+    ("<remapped_rows><remapped_row_failure>Yes</remapped_row_failure></remapped_rows>",
+     "GPU 0:2 has remapped row failure"),
+    ("<gpu_recovery_action>Drain and Reset</gpu_recovery_action>", "GPU 0:2 wants Drain and Reset"),
+    ("<ecc_errors><volatile><dram_uncorrectable>N/A</dram_uncorrectable></volatile></ecc_errors>", "fit"),
+    ("", "fit"),
+])
+def test_a_gpu_that_nvidia_smi_complains_of_is_named(gpus, capsys, ails: str, says: str):
+    gpus(ails)
+    assert cli.main(["check", "--gpus", "2"]) == (says != "fit")
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["--gpus", "8"], "torch finds 2 GPUs instead of 8; nvidia-smi ended with 9: "),
+    (["--disk", "/dev/null/x"], "/dev/null/x: Not a directory"),
+    (["--disk", "/tmp", "--gib", "1e9"], " GiB free, 1e+09 are wanted"),
+    (["--also", "echo first; echo fan 3 stands still >&2; exit 4"], "exit 4 ended with 4: fan 3 stands still"),
+    (["--also", "sleep 9", "--minutes", "0.005"], "sleep 9: Command "),
+])
+def test_what_is_wrong_with_this_machine_is_said(gpus, capsys, tmp_path: Path, args: list[str], says: str):
+    gpus("", code=9)
+    bad = tmp_path / "bad"
+    assert cli.main(["check", *args, "--bad", str(bad)]) == 1
+    out = capsys.readouterr().out
+    assert says in out
+    assert bad.read_text() == out.replace(": ", " ", 1)
+
+
+def looks(rank: int, n: int, bad: Path, crime: str) -> None:
+    """`stepladder check` on four processes of the machines n1 and n2."""
+    if crime == "silent" and rank == 3:
+        return time.sleep(4)
+    if crime == "sum" and rank == 3:
+        check.add_up = lambda *_: None
+    also = "test $RANK != 2" if crime == "one" else "false" if crime == "all" else "true"
+    cli.main(["check", "--nodes", "n1", "n2", "--also", also.replace("$RANK", str(rank)), "--bad", str(bad),
+              "--minutes", "0.03" if crime in ("silent", "sum") else "1"])
+
+
+@pytest.mark.parametrize(("crime", "code", "says"), [
+    ("", 0, ""), ("one", 1, "n2 test 2 != 2 ended with 1\n"), ("all", 1, ""), ("silent", 1, "n2 silent for 2 s\n"),
+    ("sum", 1, "n2 sum inside: silent for 2 s\n")])
+def test_the_machine_at_fault_is_named_and_none_where_all_are(tmp_path: Path, crime: str, code: int, says: str):
+    bad = tmp_path / "bad"
+    ended = ends(4, looks, tmp_path, bad, crime)
+    assert ended[0] == (code, "")
+    assert bad.read_text() == says
