@@ -43,7 +43,10 @@ class Recurrent(TokenMixer):
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, ctx: Context) -> tuple[Tensor, Any]:
-        """x (B, T, D) and a state, which stays as it is -> this rank's share of y (B, T, D), and the state after it."""
+        """x (B, T, D) and a state -> this rank's share of y (B, T, D), and the state after it.
+
+        Kernels that decode, so without gradients, make the new state in place of the old one.
+        """
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.mix(x, self.begin(x.shape[0], 0, x), ctx)[0]

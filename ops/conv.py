@@ -1,6 +1,7 @@
 """Short causal convolution of every channel by itself, within documents, with the state that decoding carries."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,25 +35,32 @@ def causal(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | N
     return y, (x * (doc == doc[:, -1:]).unsqueeze(-1))[:, T:]  # pyright: ignore[reportReturnType]
 
 
-def activated(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None = None, unit: int = 0,
-              head: int = 1) -> tuple[Tensor, Tensor]:
-    """silu(causal(x)), of which the first `unit` channels are brought to length 1 in heads of `head` channels.
+def activated(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None = None,
+              sizes: Sequence[int] = (), lengths: Sequence[float] = (), head: int = 1) -> list[Tensor]:
+    """silu(causal(x)) in parts of `sizes` channels, and what is `before` the next token.
 
-    The kernel's results are of x's dtype, computed in fp32; the torch form's are promoted.
+    A part with one of `lengths` that is not 0 has its heads of `head` channels brought to it. Kernels give x's dtype,
+    computed in fp32; the torch form's results are promoted.
     """
     check(x, w, start, before)
-    if unit % head or not 0 <= unit <= x.shape[2]:
-        raise ValueError(f"unit = {unit} of {x.shape[2]} channels are no whole heads of {head}")
-    if runs("conv", x, None if x.dtype.itemsize < 8 else f"{x.dtype}",
+    sizes = [*sizes] or [x.shape[2]]
+    lengths = [*lengths] + [0.0] * (len(sizes) - len(lengths))
+    if sum(sizes) != x.shape[2] or len(lengths) != len(sizes) or (any(lengths) and any(n % head for n in sizes[:-1])):
+        raise ValueError(f"parts of {sizes} channels with heads of {head} at lengths {lengths} do not go with "
+                         f"{x.shape[2]} channels: they add up to them, and are of whole heads where one has a length")
+    if runs("conv", x, None if x.dtype.itemsize < 8 else f"{x.dtype}", None if x.numel() else "no tokens",
             None if w.shape[1] <= TAPS else f"{w.shape[1]} taps, more than {TAPS}",
-            None if not unit or (head <= HEAD and head & (head - 1) == 0)
+            None if len(sizes) <= 3 else f"{len(sizes)} parts, more than 3",
+            None if not any(lengths) or (head <= HEAD and head & (head - 1) == 0)
             else f"heads of {head}; those of a power of two up to {HEAD} have one"):
-        return fused(x.contiguous(), w.contiguous(), start.contiguous(), before.contiguous(), bias, unit, head)
+        x, w, start, before = (z.contiguous() for z in (x, w, start, before))
+        return fused(x, w, start, before, bias, sizes, lengths, head)
     y, after = causal(promote(x), w, start, before, bias)
-    y = F.silu(y)
-    if unit:
-        y = torch.cat([l2_norm(y[..., :unit].unflatten(-1, (-1, head))).flatten(-2), y[..., unit:]], -1)
-    return y, after
+    parts = [*F.silu(y).split(sizes, -1)]
+    for i, length in enumerate(lengths):
+        if length:
+            parts[i] = (l2_norm(parts[i].unflatten(-1, (-1, head))) * length).flatten(-2)
+    return [*parts, after]
 
 
 def check(x: Tensor, w: Tensor, start: Tensor, before: Tensor) -> None:
@@ -64,42 +72,44 @@ def check(x: Tensor, w: Tensor, start: Tensor, before: Tensor) -> None:
 
 
 @torch.library.custom_op("stepladder::conv", mutates_args=())
-def fused(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, unit: int,
-          head: int) -> tuple[Tensor, Tensor]:
-    return kernels.forward(x, w, bias, start, before, unit, head, EPS)
+def fused(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, sizes: list[int],
+          lengths: list[float], head: int) -> list[Tensor]:
+    return kernels.forward(x, w, bias, start, before, sizes, lengths, head, EPS)
 
 
 @fused.register_fake
-def _(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, unit: int,
-      head: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(before.shape)
+def _(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, sizes: list[int], lengths: list[float],
+      head: int) -> list[Tensor]:
+    return [*(x.new_empty(*x.shape[:2], n) for n in sizes), x.new_empty(before.shape)]
 
 
 @torch.library.custom_op("stepladder::conv_backward", mutates_args=())
-def _backward(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, unit: int, head: int,
-              dy: Tensor, dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, sizes: list[int],
+              lengths: list[float], head: int, dparts: list[Tensor],
+              dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w, before and bias; those of w and bias in fp32."""
-    dx, dw, dbias, dbefore = kernels.backward(x, w, bias, start, before, unit, head, EPS, dy.contiguous(),
-                                              dafter.contiguous())
+    dx, dw, dbias, dbefore = kernels.backward(x, w, bias, start, before, sizes, lengths, head, EPS,
+                                              [d.contiguous() for d in dparts], dafter.contiguous())
     return dx, dw, dbefore, dbias
 
 
 @_backward.register_fake
-def _(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, unit: int, head: int, dy: Tensor,
-      dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, sizes: list[int], lengths: list[float],
+      head: int, dparts: list[Tensor], dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dw = w.new_empty(w.shape, dtype=torch.float32)
     return torch.empty_like(x), dw, torch.empty_like(before), dw.new_empty(w.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, w, start, before, bias, ctx.unit, ctx.head = inputs
-    ctx.save_for_backward(x, w, start, before, bias)
+    *tensors, ctx.sizes, ctx.lengths, ctx.head = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx: Any, dy: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, w, start, before, bias = ctx.saved_tensors
-    dx, dw, dbefore, dbias = _backward(x, w, start, before, bias, ctx.unit, ctx.head, dy, dafter)
-    return dx, dw.to(w.dtype), None, dbefore, None if bias is None else dbias.to(bias.dtype), None, None
+    *dparts, dafter = grads
+    dx, dw, dbefore, dbias = _backward(x, w, start, before, bias, ctx.sizes, ctx.lengths, ctx.head, dparts, dafter)
+    return dx, dw.to(w.dtype), None, dbefore, None if bias is None else dbias.to(bias.dtype), None, None, None
 
 
 fused.register_autograd(_gradients, setup_context=_save)

@@ -16,6 +16,7 @@ from torch import Tensor
 from stepladder.ops.chunks import check, cut, decay, join, share
 from stepladder.ops.kernels import runs
 from stepladder.ops.linear import promote
+from stepladder.ops.step import matrix, steps
 
 try:
     from stepladder.kernels import delta as kernels
@@ -25,7 +26,7 @@ except ModuleNotFoundError:     # without triton, which comes with torch for CUD
     backward_kernels: Any = None
 
 CHUNK = 64
-SIZES = (16, 32, 64, 128, 256)     # of keys and values, that kernels have tiles for
+SIZES = (32, 64, 128, 256)     # of keys and values, that kernels have tiles for
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, start: Tensor,
@@ -71,6 +72,8 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: 
         dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The form for these tokens. Kernels compute in `dtype`, the torch forms as promoted; without g nothing decays."""
     T, K, V = v.shape[1], k.shape[3], v.shape[3]
+    if steps(v, S, K, q, k, g, beta):
+        return matrix(q, k, v, g, beta, start, S), S
     if T != 1 and runs("delta", v, None if v.numel() else "no tokens",
                        None if dtype.itemsize < 8 else f"{dtype}",
                        None if K in SIZES and V in SIZES else f"keys of {K} and values of {V}; sizes are {SIZES}"):

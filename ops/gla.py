@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from stepladder.ops.kernels import runs
 from stepladder.ops.linear import promote
+from stepladder.ops.step import matrix, steps
 
 try:
     from stepladder.kernels import gla as kernels
@@ -84,6 +85,8 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
 def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """y of K^-1/2 q and the state after, by the form for these tokens: kernels in v's dtype, torch as promoted."""
     T, K, V = v.shape[1], q.shape[3], v.shape[3]
+    if steps(v, S, K, q, k, g):
+        return matrix(q, k, v, g, None, start, S, K**-0.5), S
     if T != 1 and runs("gla", v, None if v.numel() else "no tokens", None if v.dtype.itemsize < 8 else f"{v.dtype}",
                        None if K in KEYS else f"keys of {K}; sizes are {KEYS}",
                        None if V in VALUES else f"values of {V}; sizes are {VALUES}"):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from stepladder.ops.chunks import check, cut, decay, join, share
 from stepladder.ops.kernels import runs
+from stepladder.ops.linear import promote
+from stepladder.ops.step import matrix, steps
 
 try:
     from stepladder.kernels import ssd as kernels
@@ -51,11 +53,12 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
 def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor,
         dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The fastest form there is. The kernel takes q, k and v in dtype, the layer's, and adds up in fp32."""
-    if v.shape[1] == 1:
-        return recurrent(q, k, v, g, start, S)
-    if runs("ssd", v, uncovered(q, v, dtype)):
+    if steps(v, S, q.shape[3], q, k, g):
+        return matrix(q, k, v, g, None, start, S), S
+    if v.shape[1] != 1 and runs("ssd", v, uncovered(q, v, dtype)):
         return fused(q.to(dtype), k.to(dtype), v.to(dtype), g, start, S)
-    return chunked(q, k, v, g, start, S)
+    form = recurrent if v.shape[1] == 1 else chunked
+    return form(promote(q), promote(k), promote(v), g, start, S)
 
 
 def uncovered(q: Tensor, v: Tensor, dtype: torch.dtype) -> str | None:

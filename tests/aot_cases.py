@@ -6,6 +6,8 @@ import torch
 from stepladder.kernels import conv as conv_kernels
 from stepladder.kernels import delta as delta_kernels
 from stepladder.kernels import delta_backward as delta_backward_kernels
+from stepladder.kernels import gla as gla_kernels
+from stepladder.kernels import gla_backward as gla_backward_kernels
 from stepladder.kernels import norm as norm_kernels
 from stepladder.kernels import ssd as ssd_kernels
 from stepladder.kernels import step as step_kernels
@@ -15,11 +17,13 @@ BF16 = torch.bfloat16
 
 def conv() -> None:
     """Gated delta of 16 heads of 128, and Mamba-2's channels, which have a bias and are not normed."""
-    for C, unit, head, bias in ((6144, 4096, 128, None), (4352, 0, 1, torch.empty(4352))):
+    for sizes, lengths, head in (([2048] * 3, [128**-0.5, 1.0, 0.0], 128), ([4096, 128, 128], [0.0] * 3, 1)):
+        C, parts = sum(sizes), [torch.empty(2, 256, n, dtype=BF16) for n in sizes]
         x, before, start = torch.empty(2, 256, C, dtype=BF16), torch.empty(2, 3, C, dtype=BF16), torch.zeros(2, 256)
-        args = x, torch.empty(C, 4), bias, start.bool(), before, unit, head, 1e-6
+        bias = None if any(lengths) else torch.empty(C)
+        args = x, torch.empty(C, 4), bias, start.bool(), before, sizes, lengths, head, 1e-6
         conv_kernels.forward(*args)
-        conv_kernels.backward(*args, x, before)
+        conv_kernels.backward(*args, parts, before)
 
 
 def norm() -> None:
@@ -59,3 +63,11 @@ def ssd() -> None:
         g, doc, S = torch.empty(B, 4096, H), torch.empty(B, 4096, dtype=torch.int32), torch.empty(B, H, 128, V)
         states = ssd_kernels.forward(q, q, v, g, doc, S, True)[2]
         ssd_kernels.backward(q, q, v, g, doc, states, v, S)
+
+
+def gla() -> None:
+    """16 heads of 128 with gates in fp32, which take most."""
+    q, g, doc = torch.empty(1, 256, 16, 128, dtype=BF16), torch.empty(1, 256, 16, 128), torch.empty(1, 256)
+    S = torch.empty(1, 16, 128, 128)
+    y, S, saved, slow = gla_kernels.forward(q, q, q, g, doc.int(), S, 1.0, True)
+    gla_backward_kernels.backward(q, q, q, g, doc.int(), saved, slow, y, S, 1.0)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.context import Context
@@ -14,7 +13,7 @@ from stepladder.model.leaf import constant, normal, uniform
 from stepladder.model.mixer import Recurrent
 from stepladder.ops import conv, delta
 from stepladder.ops.linear import linear, promote
-from stepladder.ops.norm import l2_norm, rms_norm
+from stepladder.ops.norm import rms_norm
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,12 @@ class Mixer(Recurrent):
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
-        qkv = promote(torch.cat([linear(x, w) for w in (self.wq, self.wk, self.wv)], -1))
-        qkv, before = conv.causal(qkv, torch.cat([self.conv_q, self.conv_k, self.conv_v]), ctx.start, state.before)
-        q, k, v = F.silu(qkv).split([self.wq.shape[0], self.wk.shape[0], self.wv.shape[0]], -1)
-        q, k = (l2_norm(z.unflatten(-1, (-1, K))) for z in (q, k))
+        qkv = torch.cat([linear(x, w) for w in (self.wq, self.wk, self.wv)], -1)
+        taps, sizes = torch.cat([self.conv_q, self.conv_k, self.conv_v]), [len(w) for w in (self.wq, self.wk, self.wv)]
+        *qkv, before = conv.activated(qkv, taps, ctx.start, state.before, None, sizes, (K**-0.5, 1.0), K)
+        q, k, v = (z.unflatten(-1, (-1, n)) for z, n in zip(qkv, (K, K, V), strict=True))
         beta = promote(linear(x, self.wb)).sigmoid() * (2 if self.spec.negative else 1)
-        y, S = delta.mix(q * K**-0.5, k, v.unflatten(-1, (-1, V)), None, beta, ctx.start, state.S, x.dtype)
+        y, S = delta.mix(q, k, v, None, beta, ctx.start, state.S, x.dtype)
         return linear(rms_norm(y, self.norm).to(x.dtype).flatten(2), self.wo), State(S, before)
 
 

@@ -14,7 +14,7 @@ from stepladder.model.leaf import constant, normal, rates, time_steps, uniform
 from stepladder.model.mixer import Recurrent
 from stepladder.ops import conv, delta
 from stepladder.ops.linear import linear, promote
-from stepladder.ops.norm import gated_norm, l2_norm
+from stepladder.ops.norm import gated_norm
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class Mixer(Recurrent):
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
-        qkv = promote(torch.cat([linear(x, w) for w in (self.wq, self.wk, self.wv)], -1))
-        qkv, before = conv.causal(qkv, torch.cat([self.conv_q, self.conv_k, self.conv_v]), ctx.start, state.before)
-        q, k, v = F.silu(qkv).split([self.wq.shape[0], self.wk.shape[0], self.wv.shape[0]], -1)
-        q, k = (l2_norm(z.unflatten(-1, (-1, K))) for z in (q, k))                      # (B, T, G, K)
+        qkv = torch.cat([linear(x, w) for w in (self.wq, self.wk, self.wv)], -1)
+        taps, sizes = torch.cat([self.conv_q, self.conv_k, self.conv_v]), [len(w) for w in (self.wq, self.wk, self.wv)]
+        *qkv, before = conv.activated(qkv, taps, ctx.start, state.before, None, sizes, (K**-0.5, 1.0), K)
+        q, k, v = (z.unflatten(-1, (-1, n)) for z, n in zip(qkv, (K, K, V), strict=True))
         g = -self.A_log.exp() * F.softplus(promote(linear(x, self.wa)) + self.dt_bias)  # (B, T, H)
         beta = promote(linear(x, self.wb)).sigmoid() * (2 if self.spec.negative else 1)
-        y, S = delta.mix(q * K**-0.5, k, v.unflatten(-1, (-1, V)), g, beta, ctx.start, state.S, x.dtype)
+        y, S = delta.mix(q, k, v, g, beta, ctx.start, state.S, x.dtype)
         gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
         return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), State(S, before)
 

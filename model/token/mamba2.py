@@ -91,11 +91,11 @@ class Mixer(Recurrent):
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
         z = linear(x, self.wz)
-        xBC = promote(torch.cat([linear(x, w) for w in (self.wx, self.wB, self.wC)], -1))
+        xBC = torch.cat([linear(x, w) for w in (self.wx, self.wB, self.wC)], -1)
         taps, bias = (torch.cat(w) for w in ((self.conv_x, self.conv_B, self.conv_C),
                                              (self.bias_x, self.bias_B, self.bias_C)))
-        xBC, before = conv.causal(xBC, taps, ctx.start, state.before, bias)
-        v, k, q = F.silu(xBC).split([self.wx.shape[0], self.wB.shape[0], self.wC.shape[0]], -1)
+        sizes = [len(w) for w in (self.wx, self.wB, self.wC)]
+        v, k, q, before = conv.activated(xBC, taps, ctx.start, state.before, bias, sizes)
         v, k, q = v.unflatten(-1, (-1, V)), k.unflatten(-1, (-1, K)), q.unflatten(-1, (-1, K))
         dt = F.softplus(promote(linear(x, self.wdt)) + self.dt_bias)                   # (B, T, H)
         y, S = ssd.mix(q, k, v * dt.unsqueeze(-1), -self.A_log.exp() * dt, ctx.start, state.S, x.dtype)
