@@ -9,13 +9,13 @@ from stepladder.data.fetch import elsewhere
 from stepladder.launch.config import Run, derived
 from stepladder.launch.toml import ConfigError
 from stepladder.model.config import BlockConfig
-from stepladder.parallel import support
+from stepladder.parallel import support, zero
 
 
 def check(run: Run, world_size: int) -> None:
     """Raise ConfigError, one sentence with the way out, for what cannot run on `world_size` processes."""
     for rule in (_device, _mesh, _heads, _tensor, _copies, _experts, _pregates, _sequence, _data, _batch, _pipeline,
-                 _schedule, _graph):
+                 _schedule, _engine, _graph):
         rule(run, world_size)
     support.refuse(run.model, run.parallel, world_size // (run.parallel.tp * run.parallel.pp))
 
@@ -221,3 +221,24 @@ def _graph(run: Run, world: int) -> None:
             raise ConfigError(f"{path}.engine = {channel.engine!r} with train.dtype = {train.dtype!r} counts on the "
                               f"host, which train.graph = true cannot record; use \"grouped\" and \"bf16\", "
                               f"or {way_out}")
+
+
+def _engine(run: Run, world: int) -> None:
+    p, train = run.parallel, run.train
+    if p.engine == "fsdp":
+        if p.nvme or p.zero != 3:
+            key, value = ("nvme", f'"{p.nvme}"') if p.nvme else ("zero", p.zero)
+            raise ConfigError(f'parallel.{key} = {value} is for engine = "deepspeed", but the engine is "fsdp"; '
+                              f"drop {key} or change the engine")
+        return
+    if train.dtype == "fp64":
+        raise ConfigError('train.dtype = "fp64", but parallel.engine = "deepspeed" knows no double precision; '
+                          'set one to "fp32" or the other to "fsdp"')
+    if p.nvme and not (p.offload and p.zero == 3):
+        raise ConfigError(f'parallel.nvme = "{p.nvme}" is where ZeRO-3 offloads to, but parallel.zero = {p.zero} and '
+                          f"parallel.offload = {str(p.offload).lower()}; set 3 and true, or drop nvme")
+    if train.graph:
+        raise ConfigError('train.graph = true with parallel.engine = "deepspeed": its hooks run on the host, which '
+                          "cannot be recorded; set train.graph = false")
+    if (text := zero.missing()) is not None:
+        raise ConfigError(text)

@@ -87,6 +87,11 @@ class World:
         return dist.TCPStore(host, int(port), self.size, True, wait_for_workers=together,
                              master_listen_fd=listen(host, int(port)).detach())
 
+    def export(self, device: torch.device) -> None:
+        """Say in the environment what DeepSpeed looks for there, whoever started this process."""
+        local = self.local_rank if device.index is None else device.index
+        os.environ.update(LOCAL_RANK=str(local), DS_ACCELERATOR=device.type)
+
     def connect(self, device: torch.device, store: dist.Store | None, limit: timedelta) -> None:
         """Join the process group of all ranks; torch ends a collective that takes longer than `limit`."""
         if store is not None and not dist.is_initialized():

@@ -29,7 +29,7 @@ class Parts:
     pipe: Pipe                        # micro-batches through the stages
     sums: Sums                        # the gradient sums FSDP does not do; call after the passes of a step
     decls: dict[str, Decl]
-    sharded: dict[str, int]           # parameter -> dimension FSDP cut
+    sharded: dict[str, int]           # what an engine has: parameter -> dimension that it, or a checkpoint, cuts
 
     @property
     def decoder(self) -> Decoder:
@@ -38,7 +38,7 @@ class Parts:
         return only
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for decoder in self.decoders for name, p in decoder.named_parameters()}
+        return {name: decoder.get_parameter(name) for decoder in self.decoders for name in declared(decoder)}
 
     def copies(self, name: str) -> int:
         """How many ranks hold the same piece of a parameter."""
@@ -83,7 +83,7 @@ def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch
 def _materialise(decoder: Decoder, mesh: Mesh, seed: int, dtype: torch.dtype) -> None:
     """This rank's slices, with their initial values."""
     init.split(decoder, mesh)
-    home = torch.device("cpu") if mesh.layout.offload else mesh.device       # a device may not have room for all of it
+    home = torch.device("cpu") if mesh.layout.handed_over else mesh.device   # a device may not have room for all of it
     decoder.to(dtype=torch.promote_types(dtype, torch.float32)).to_empty(device=home)
     init.fill(decoder, mesh, seed)
     decoder.dtype = dtype

@@ -39,13 +39,18 @@ def label(piece: Tensor, decl: Decl, mesh: Mesh, sharded: int | None) -> Tensor:
     return whole
 
 
+def span(n: int, rank: int, ranks: int) -> range:
+    """The indices below n that a rank holds: all ranks as many, but for the last ones."""
+    each = -(-n // ranks)
+    return range(min(n, rank * each), min(n, rank * each + each))
+
+
 def held(piece: Tensor, shape: tuple[int, ...], over: DeviceMesh, places: Sequence[Placement]) -> DTensor:
     """DTensor.from_local, but a piece in host memory stays there: a copy on the device would be loaded in vain."""
     due = list(shape)
     for ranks, rank, place in zip(over.shape, over.get_coordinate() or (), places, strict=True):
         if isinstance(place, Shard):
-            each = -(-due[place.dim] // ranks)
-            due[place.dim] = max(0, min(each, due[place.dim] - rank * each))
+            due[place.dim] = len(span(due[place.dim], rank, ranks))
     assert list(piece.shape) == due, f"the piece is {tuple(piece.shape)}, of the declared {shape} it should be {due}"
     whole = {"shape": torch.Size(shape), "stride": torch.empty(shape, device="meta").stride()}
     if piece.device.type == over.device_type:

@@ -121,9 +121,9 @@ class Mesh:
 
     def connect(self, decls: Iterable[Decl], tied: bool = False) -> None:
         """Make every group that parameters declared so will need. Collective: all ranks, the same whole model."""
-        if self.alone and not self.layout.offload:
+        if self.alone and not self.layout.handed_over:
             return
-        if self.alone and not dist.is_initialized():       # FSDP, which offloads, wants a group even of one rank
+        if self.alone and not dist.is_initialized():       # engines want a group even of one rank
             dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0,
                                     world_size=1)
         every = list(decls)
@@ -175,7 +175,9 @@ class Mesh:
     def __repr__(self) -> str:
         p = self.layout
         data = f"dp{self.dp}" + (f"={p.dp_replicate}x{self.dp // p.dp_replicate}" if p.dp_replicate > 1 else "")
+        engine = f" zero{p.zero}" if p.engine == "deepspeed" else " fsdp" if p.shard and (
+            self.dp > 1 or p.offload) else ""
         said = [f"pp{self.pp}{f' {p.schedule}' if self.pp > 1 else ''}",
-                f"{data}{' fsdp' if p.shard and (self.dp > 1 or p.offload) else ''}{' offload' if p.offload else ''}",
+                f"{data}{engine}{' offload' if p.offload else ''}{f' to {p.nvme}' if p.nvme else ''}",
                 f"tp{self.tp}{' sp' if p.sequence else ''}"]
         return f"Mesh({self.size} {self.device.type}: {' x '.join(said)}, ep{self.ep} x edp{self.edp})"

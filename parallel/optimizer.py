@@ -13,6 +13,7 @@ from stepladder.parallel.build import Parts
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.pipeline import Result
 from stepladder.parallel.shard import local
+from stepladder.parallel.zero import MOMENTS, Zero
 
 
 class Report(NamedTuple):
@@ -32,12 +33,17 @@ class Optimizer:
     """Fused AdamW (arXiv:1711.05101). A step whose gradient is not finite changes nothing and is counted.
 
     Pieces that FSDP keeps in host memory are updated there, by the host; such a step waits for the device once.
+    What DeepSpeed holds is updated by it, with the same norm, divisor and verdict.
     """
 
     def __init__(self, parts: Parts, *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1, clip: float = 1.0):
         self.parts, self.clip = parts, clip
-        self.params = {name: p for name, p in parts.parameters().items() if p.requires_grad}
+        self.zero = None
+        if parts.mesh.layout.engine == "deepspeed":
+            self.zero = Zero(parts, betas=betas, eps=eps, weight_decay=weight_decay)
+        theirs = self.zero.params if self.zero is not None else {}
+        self.params = {name: p for name, p in parts.parameters().items() if p.requires_grad and name not in theirs}
         # FSDP's DTensors and plain pieces do not mix in one fused call: optimise the local pieces of both.
         with torch.no_grad():
             self.pieces = {name: nn.Parameter(local(p)) for name, p in self.params.items()}
@@ -63,13 +69,14 @@ class Optimizer:
     def step(self, result: Result, lr: float) -> Report:
         """Clip, update, forget the gradients. Call after the gradient sums; every rank of the world calls it."""
         report = self._report(result)
-        bad = (~report.norm.isfinite()).float()
+        norm, count = report.norm, report.count.to(report.norm.dtype)
+        if self.zero is not None:
+            together = lambda theirs: report.norm.hypot(theirs / count)
+            norm = together(self.zero.step(lr, self.steps, lambda theirs: self._verdict(together(theirs), count)))
+        scale, bad = self._verdict(norm, count)
         self.skipped += bad
         self.steps += 1 - bad
         self.streak.add_(1).mul_(bad)
-        scale = report.count.to(report.norm.dtype)
-        if self.clip:
-            scale = scale * (report.norm / self.clip).clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
         found = bad
         if self.parts.mesh.layout.offload:     # AdamW would fetch them without waiting, and read before they are there
             scale, found = scale.cpu(), bad.cpu()
@@ -90,7 +97,15 @@ class Optimizer:
         for layer, mixer in self.moe.items():
             if mixer.spec.bias_rate:
                 mixer.rebalance(report.load[self.routed.index(layer)][:mixer.spec.experts] * (1 - bad))
-        return report._replace(skipped=self.skipped.clone(), streak=self.streak.clone())
+        return report._replace(norm=norm, skipped=self.skipped.clone(), streak=self.streak.clone())
+
+    def _verdict(self, norm: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """What summed gradients are divided by, and 1 if they are not finite and nothing may change. norm: of their
+        mean."""
+        bad = (~norm.isfinite()).float()
+        if self.clip:
+            count = count * (norm / self.clip).clamp_min(1.0).nan_to_num(nan=1.0, posinf=1.0)
+        return count, bad
 
     @torch.no_grad()
     def _report(self, result: Result) -> Report:
@@ -120,10 +135,13 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds of model and optimizer, labelled; sharing memory, so that loading fills it."""
         out: dict[str, Tensor] = {}
+        if self.zero is not None:
+            out |= self.zero.state()
         for name, p in self.parts.parameters().items():
-            out[f"model/{name}"] = self.parts.label(name, p.detach())
+            if self.zero is None or name not in self.zero.params:
+                out[f"model/{name}"] = self.parts.label(name, p.detach())
         for name, p in self.pieces.items():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 out[f"optimizer/{key}/{name}"] = self.parts.label(name, self.adam.state[p][key])
         out["optimizer/step"] = self.steps
         out["optimizer/skipped"] = self.skipped
@@ -132,13 +150,18 @@ class Optimizer:
 
     def loaded(self) -> None:
         """After state() has been filled from a checkpoint."""
+        if self.zero is not None:
+            self.zero.loaded()
         for state in self.adam.state.values():
             state["step"].copy_(self.steps)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> declared shape of everything state() holds."""
-        return {key: self.parts.decls[name].shape if (name := key.rpartition("/")[2]) in self.parts.decls else ()
-                for key in self.state()}
+        whole = {name: decl.shape for name, decl in self.parts.decls.items()}
+        learned = {**self.params, **(self.zero.params if self.zero is not None else {})}
+        return ({f"model/{name}": shape for name, shape in whole.items()}
+                | {f"optimizer/{key}/{name}": whole[name] for key in MOMENTS for name in learned}
+                | {f"optimizer/{key}": () for key in ("step", "skipped", "streak")})
 
 
 def _norms(grads: list[Tensor], mesh: Mesh) -> tuple[Tensor, ...]:

@@ -141,6 +141,10 @@ class Pipe:
         self.clock: Clock | None = None
         self.later: list[Put] = []                 # weight gradients that the backward under way has put off
         self.captured: Captured | None = None
+        # Of a pass over one stage; DeepSpeed's engine puts its own here.
+        self.forward: Callable[..., tuple[Tensor, ...]] = self.stages[0]
+        self.backward: Callable[[Tensor], Any] = Tensor.backward
+        self.at_close: Callable[[], None] = lambda: None
 
     def __call__(self, micros: Sequence[Micro], train: bool = True) -> Result:
         """Forward, and backward if `train`. Gradients are left unreduced but for FSDP's own."""
@@ -168,14 +172,15 @@ class Pipe:
         return total
 
     def _one(self, m: Micro, train: bool) -> Tensor:
-        (loss,) = self.stages[0](m.tokens, targets=m.targets, start=m.start, borders=m.borders)
+        (loss,) = self.forward(m.tokens, targets=m.targets, start=m.start, borders=m.borders)
         if train:
-            loss.sum().backward()
+            self.backward(loss.sum())
         return loss.detach().sum()
 
     def close(self) -> None:
         """Forget what was recorded: a communicator that a graph holds is never taken down."""
         self.captured = None
+        self.at_close()
 
     def capture(self) -> None:
         """Record the training passes of micro-batches as CUDA graphs from now on."""

@@ -1,4 +1,4 @@
-"""Data parallelism: FSDP2 over whole mixers, and explicit sums for every gradient it does not see.
+"""Data parallelism: FSDP2 over whole mixers, and explicit sums for every gradient that no engine sees.
 
 Which ranks a gradient is summed over (always SUM; the global token count divides once, in the step):
 
@@ -39,13 +39,14 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
     Only parameters of two and more dimensions are sharded: norms, decays and biases are small, stay fp32, and are
     reduced explicitly. The sharded dimension is one that tp and ep do not cut. With offload, what is sharded lives on
     the host and comes for its forward and its backward, on one data-parallel rank too; the rest lives on the device.
+    DeepSpeed gets the same ones, see zero.py; here they are only chosen.
     """
     sharded: dict[str, int] = {}
     offload = mesh.layout.offload
-    if not mesh.layout.shard or (mesh.dp * mesh.tp == 1 and not offload):
+    if not mesh.layout.shard or (mesh.dp * mesh.tp == 1 and not mesh.layout.handed_over):
         return sharded
     dense, expert = mesh.dp // mesh.layout.dp_replicate, mesh.edp
-    least = 1 if offload else 2                     # ranks that are worth FSDP
+    least = 1 if mesh.layout.handed_over else 2     # ranks that are worth FSDP
     ignored: set[nn.Parameter] = set()
     dims: dict[nn.Parameter, int] = {}
     for name, decl in declared(model).items():
@@ -58,6 +59,8 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
             ignored.add(p)
         else:
             dims[p], sharded[name] = dim, dim
+    if mesh.layout.engine == "deepspeed":
+        return sharded
     # Outputs are read, summed and sent, never written in place (Comm.leave): what this warns of cannot happen.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     # Inputs keep their types: router logits are fp32, and the next stage of a pipeline counts on it.

@@ -22,7 +22,10 @@ class Parallel:
     copies: bool = False           # tp's gathers and sums by copy engines (GPUs of one machine), not by NCCL's kernels
     shard: bool = True             # FSDP2 over dp; false: gradients are all-reduced and every rank holds everything
     reshard: bool = True           # free gathered weights after the forward pass, gather again for the backward
-    offload: bool = False          # FSDP's weights, gradients and moments stay in host memory, which updates them
+    offload: bool = False          # what is sharded stays in host memory, which updates it: weights, gradients, moments
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"      # what shards over dp
+    zero: Literal[1, 2, 3] = 3     # DeepSpeed shards moments; from 2 on gradients as well; 3: and weights
+    nvme: str = ""                 # folder on a local disk where DeepSpeed keeps what it offloads; "": in host memory
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "chunks", "ep", "dp_replicate"):
@@ -31,6 +34,11 @@ class Parallel:
         if self.schedule == "zero-bubble" and self.chunks != 2:
             raise ValueError(f"chunks = {self.chunks}, but zero-bubble is a V of 2 spans a rank; set it to 2 "
                              "or schedule = \"interleaved\"")
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether an engine has the matrices even where there are no other ranks to share them with."""
+        return self.offload or self.engine == "deepspeed"
 
     @property
     def stages(self) -> int:
@@ -45,26 +53,29 @@ class Parallel:
 
     def features(self, dp: int) -> frozenset[str]:
         """The names of what this layout uses, as they stand in LAYOUTS."""
-        data = "fsdp" if self.shard and self.dp_replicate == 1 else "hsdp" if self.shard else "ddp"
+        data = "ddp" if not self.shard else "hsdp" if self.dp_replicate > 1 else "fsdp"
+        zero = self.engine == "deepspeed"
         pipe = "pp" if self.schedule == "1f1b" else self.schedule
         used = {"tp": self.tp > 1, "sp": self.sequence and self.tp > 1, pipe: self.pp > 1, "ep": self.ep > 1,
-                data: dp > 1}
+                data: dp > 1 and not (zero and data == "fsdp"), "zero": zero}
         return frozenset(name for name, on in used.items() if on)
 
 
 FEATURES = {"tp": "tensor parallel", "sp": "sequence parallel", "pp": "pipeline (1F1B)",
             "interleaved": "pipeline (interleaved 1F1B)", "zero-bubble": "pipeline (zero-bubble V)",
             "ep": "expert parallel",
-            "ddp": "data parallel, replicated", "fsdp": "FSDP2", "hsdp": "FSDP2, sharded groups replicated"}
+            "ddp": "data parallel, replicated", "fsdp": "FSDP2", "hsdp": "FSDP2, sharded groups replicated",
+            "zero": "DeepSpeed"}
 
-# Every set listed is run at two ranks a dimension: by tests/test_parity.py up to eight ranks, by `make parity` beyond.
+# Every set listed is run at two ranks a dimension: by tests/test_parity.py up to eight ranks, by `make parity` beyond;
+# DeepSpeed, which knows no double precision, by tests/test_deepspeed.py.
 LAYOUTS: list[frozenset[str]] = [
     frozenset((*tensor, *pipe, *expert, *data))
     for tensor, pipe, expert, data in product(
         [(), ("tp",), ("tp", "sp")], [(), ("pp",), ("interleaved",), ("zero-bubble",)], [(), ("ep",)],
         [(), ("ddp",), ("fsdp",), ("hsdp",)])
     if not (expert and not tensor and not data)          # ep has nothing to fold over
-]
+] + [frozenset(("zero",))]
 
 WIRINGS = {"standard": (0, 0), "parallel": (0, 1), "ladder": (1, 1)}
 
@@ -103,7 +114,7 @@ def _name(features: frozenset[str]) -> str:
 
 def markdown() -> str:
     """The support table of the README."""
-    data = ["ddp", "fsdp", "hsdp"]
+    data = ["ddp", "fsdp", "hsdp", "zero"]
     rows = ["| layout | alone | " + " | ".join(data) + " |", "|---|---|" + "---|" * len(data)]
     for base in sorted({layout - set(data) for layout in LAYOUTS}, key=lambda s: (len(s), _name(s))):
         cells = ["yes" if base | extra in LAYOUTS else "-" for extra in (frozenset(), *({d} for d in data))]

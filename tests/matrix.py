@@ -57,7 +57,8 @@ LARGER = [                                       # than two ranks a dimension, o
     (Parallel(tp=4, shard=False), 8), (Parallel(pp=4, schedule="interleaved"), 4),
     (Parallel(pp=4, schedule="zero-bubble"), 4)]
 LAYOUTS: dict[str, tuple[Parallel, int]] = {     # name -> layout, ranks
-    spell(*made): made for made in [*WHOLE, *LARGER, *(layout(features) for features in SUPPORTED if features)]}
+    spell(*made): made for made in [*WHOLE, *LARGER, *(layout(features) for features in SUPPORTED
+                                                 if features - {"zero"})]}
 
 
 @cache

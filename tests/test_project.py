@@ -26,7 +26,7 @@ DOORS = {           # package -> where it enters
     "triton": r"kernels/.*", "megablocks": r"ops/experts\.py", "webdataset": r"data/shards\.py",
     "fsspec": r"data/fetch\.py",
     "tokenizers": r"data/tokenizer\.py", "tiktoken": r"data/tokenizer\.py", "zstandard": r"data/documents\.py",
-    "deepspeed": r"parallel/(shard|offload)\.py", "mpi4py": r"launch/world\.py",
+    "deepspeed": r"parallel/(zero|offload)\.py", "mpi4py": r"launch/world\.py",
     "torch.utils.tensorboard": r"launch/log\.py", "tensorboard": r"launch/log\.py",
     "torch.distributed": r"(parallel|launch)/.*",      # never in model, ops, kernels, data: they know no ranks
 }

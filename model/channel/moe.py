@@ -227,7 +227,7 @@ class Mixer(ChannelMixer):
     def rebalance(self, load: Tensor) -> None:
         """After a step: load (E,) of all ranks; overfull experts become less, underfull more attractive."""
         load = load.to(self.bias.dtype)
-        self.bias += self.spec.bias_rate * (load.mean() - load).sign()
+        self.bias.add_((load.mean() - load).sign(), alpha=self.spec.bias_rate)
 
     def flops(self) -> int:
         down = self.experts.decls["down"].shape
