@@ -2,16 +2,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import fused
 import pytest
+import tiny
 import torch
 from fused import BAR, HALF, SINGLE, randn, ratio
 from torch import Tensor
 
-from stepladder.ops import delta, gla, scan, ssd, step
+from stepladder.model.context import Context
+from stepladder.model.decoder import blocks
+from stepladder.ops import conv, delta, gla, norm, scan, ssd, step
+from stepladder.parallel.build import build
+from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.support import Parallel
 
 poisoned = fused.poisoned
 GATES = {"0": 0.0, "-1e-3": -1e-3, "-5": -5.0, "-50": -50.0}
@@ -154,6 +161,31 @@ def test_what_does_not_fit_a_state_is_refused() -> None:
         if n != "h":
             with pytest.raises(ValueError, match=f"^{n} is .* one token of a state .2, 4, 8. needs"):
                 scanned(made | {n: torch.cat([z, z], -1)})
+
+
+@pytest.mark.parametrize("token", ["gla0", "gated_delta1", "deltanet0", "mamba20", "retention1"])
+@torch.no_grad()
+def test_a_mixer_decodes_by_kernels_as_by_torch(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt, a token, one that begins a document, by prologue, step and epilogue; the state stays where it is."""
+    mesh = Mesh(Parallel(), torch.device("cpu"))
+    layer = blocks(build(tiny.config(token, layers=1), mesh, seed=3, dtype=SINGLE).decoder)[0].token
+    x = randn(2, 5, tiny.WIDTH).float()
+    start = torch.zeros(2, 5, dtype=torch.bool)
+    start[1, 4] = True
+
+    def decoded() -> Tensor:
+        state, out = layer.begin(2, 5, x), []
+        held = [z.data_ptr() for z in state]
+        for a, b in pairwise((0, 3, 4, 5)):
+            out.append(layer.step(x[:, a:b], state, Context(torch.arange(a, b).expand(2, -1), start[:, a:b], None)))
+        assert held == [z.data_ptr() for z in state]
+        return torch.cat([*out, *(z.flatten()[:tiny.WIDTH].expand(2, 1, -1) for z in state)], 1)
+
+    want, ran = decoded(), []
+    for module in (step, conv, norm):
+        monkeypatch.setattr(module, "runs", lambda family, z, *reasons: not any(reasons) and not ran.append(family))
+    assert ratio(decoded(), want) < 1e-5
+    assert ran.count("step") == 2
 
 
 def test_the_ops_say_what_they_do_and_trace_without_a_break() -> None:
