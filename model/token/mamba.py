@@ -77,8 +77,7 @@ class Mixer(Recurrent):
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         N, R = self.spec.state, self.wdt.shape[1]
         z = linear(x, self.wz)
-        v, before = conv.causal(promote(linear(x, self.wx)), self.conv_x, ctx.start, state.before, self.bias_x)
-        v = F.silu(v)
+        v, before = conv.activated(linear(x, self.wx), self.conv_x, ctx.start, state.before, self.bias_x)
         # What is selected depends on all channels: their ranks' shares are summed here, in the middle of the mixer.
         select = self.comm.total(promote(linear(v.to(x.dtype), self.select)))
         dt, k, q = select.split([R, N, N], -1)
