@@ -83,7 +83,7 @@ def _inside(q, k, g, beta, doc, A, P, edges, T, H, G, K: tl.constexpr, C: tl.con
     tile = (at + i) * C + j
     qt = tl.load(q + rows, mask=ok[:, None], other=0.0)
     tl.store(P + tile, tl.where(i >= j, D * dot(qt, tl.trans(kt)), 0.0).to(P.dtype.element_ty))
-    N = tl.where(i > j, D * dot(kt, tl.trans(kt)), 0.0).to(INNER)
+    N = (D * dot(kt, tl.trans(kt))).to(INNER)
     X = tl.where(i == j, 1.0, 0.0)
     # Blocks of the diagonal are inverted, then pairs of them joined: [[X1, 0], [-X2 N21 X1, X2]]. Whatever is formed
     # is bounded by beta, so fp16 does; powers of N, a Neumann series, would grow like binomial coefficients.

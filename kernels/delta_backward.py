@@ -23,7 +23,7 @@ REVERSE = {      # columns of the state, warps, stages
     256: [(32, 8, 1), (32, 4, 2)],
 }
 GRADIENTS = {    # columns of keys and of values, warps, stages, registers a thread: 128 let two blocks of 8 warps run
-    64: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None)],
+    64: [(32, 32, 8, 2, 128), (32, 32, 8, 2, None)],
     128: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None), (32, 64, 8, 1, 128), (64, 64, 8, 1, 128)],
     256: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None)],
 }
@@ -126,7 +126,8 @@ def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg, dbeta
         Z = tl.where(i > j, Z, 0.0) * strength[None, :]
         crossing = tl.sum(Z, 1) - tl.sum(Z, 0)
 
-    kept, put = 0.0, tl.zeros([C], tl.float32)
+    kept, put = tl.zeros([BK, BV], tl.float32), tl.zeros([C, BK], tl.float32)
+    passing = tl.zeros([C, BK], tl.float32)
     chunk = (bh.to(tl.int64) * tl.num_programs(0) + c) * K * V
     for n0 in range(0, K, BK):
         n = n0 + tl.arange(0, BK)
@@ -139,25 +140,28 @@ def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg, dbeta
             dkt = dot(tl.load(w + m, mask=ok[:, None], other=0.0), tl.trans(dS), dkt)
             dut = dot(tl.load(dv + m, mask=ok[:, None], other=0.0), tl.trans(S), dut)
             if GATED:
-                kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+                kept += S.to(tl.float32) * dS.to(tl.float32)
         kt = tl.load(k + keys + n[None, :], mask=ok[:, None], other=0.0)
         qt = tl.load(q + keys + n[None, :], mask=ok[:, None], other=0.0)
         dqt = tl.where(since[:, None] < 0, 0.0, dqt * since[:, None])
         dut = tl.where(since[:, None] < 0, 0.0, -dut * since[:, None])
-        put += tl.sum(kt * dkt, 1) * until
+        put += kt * dkt
         dkt *= (until * strength)[:, None]
         if GATED:
-            crossing += tl.sum(qt * dqt + kt * dut, 1)
+            passing += qt * dqt + kt * dut
         at = (row * H + h)[:, None] * K + n[None, :]
         tl.store(dq + at, dot(X, kt, dqt).to(dq.dtype.element_ty), mask=ok[:, None])
         dkt = dot(Xt, qt, dkt + dut)
         tl.store(dk + at, dot(E, kt, dkt).to(dk.dtype.element_ty), mask=ok[:, None])
+    put = tl.sum(put, 1) * until
     tl.store(dbeta + row * H + h, (db + put).to(dbeta.dtype.element_ty), mask=ok)
     if GATED:
+        crossing += tl.sum(passing, 1)
         put = tl.where(r == tl.minimum(C, T - c * C) - 1, 0.0, put * strength)     # the last token passes no gate here
         keep = tl.sum(tl.where(r == C - 1, since, 0.0), 0)
         passed = tl.cumsum(crossing, 0, reverse=True) + (tl.cumsum(put, 0) - put)
-        tl.store(dg + row * H + h, (passed + tl.where(keep < 0, 0.0, kept * keep)).to(dg.dtype.element_ty), mask=ok)
+        passed += tl.where(keep < 0, 0.0, tl.sum(kept) * keep)
+        tl.store(dg + row * H + h, passed.to(dg.dtype.element_ty), mask=ok)
 
 
 def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
@@ -186,8 +190,10 @@ def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, 
     dbeta = torch.empty_like(beta)
     dg = beta.new_empty(0) if g is None else torch.empty_like(g)
     BK, BV, warps, stages, registers = GRADIENTS[max(K, 64)][0]
+    # Two trips at least: a loop of one is no loop, and its tiles are all held at once, in hundreds of spills.
+    BK, BV = min(BK, K // 2), min(BV, V // 2)
     _gradients[NT, B * H](q, k, beta if g is None else g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg,
-                          dbeta, T, H, G, K, V, C, min(BK, K), min(BV, V), g is not None, even, num_warps=warps,
+                          dbeta, T, H, G, K, V, C, BK, BV, g is not None, even, num_warps=warps,
                           num_stages=stages, maxnreg=registers)
     if G < H:
         dq, dk = (z.unflatten(2, (G, -1)).sum(3).to(q.dtype) for z in (dq, dk))
