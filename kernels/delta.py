@@ -131,9 +131,8 @@ def _across(q, k, v, A, P, edges, before, y, w, states, after, T, NT, length, H,
     begin = segment * length
     end = tl.minimum(begin + length, NT)
     if MAP:
-        first = reach(edges, bh, begin, end, NT, C, SPAN, False)
-        S = tl.where(n[:, None] == m[None, :] - V, tl.where(first == begin, 1.0, 0.0), 0.0)
-        begin = first
+        begin = reach(edges, bh, begin, end, NT, C, SPAN, False)
+        S = tl.where(n[:, None] == m[None, :] - V, 1.0, 0.0)
     else:
         S = tl.load(before + at)
     for c in tl.range(begin, end, num_stages=STAGES):
