@@ -5,8 +5,8 @@ Key channels go in blocks of BK, so that four warps hold everything. Exponents a
 
 The decay between rows i >= j, 2^(b_i - b_j) with b the running sum of the gates, is split in two factors around a
 reference row in the chunk's middle: one matrix product while both factors stay in range. Where they do not, or a
-document begins inside the chunk, the chunk is slow: this kernel updates the state alone, and a second one, for which
-all other chunks are over at once, makes the output. It takes each document of the chunk by itself with all other rows
+document begins inside the chunk, the chunk is slow: this kernel updates the state alone, and a second one, which skips
+all other chunks, makes the output. It takes each document of the chunk by itself with all other rows
 loaded as zeros, so nothing of them is seen, NaN included; and splits by halves, where both factors are at most 1, until
 the range allows the rest at once, so any gate is exact.
 """
@@ -178,12 +178,16 @@ def forward_kernel(q, k, v, g, doc, S_in, y, saved, slow, S_out, scale, T, chunk
 
 
 @triton.jit
-def slow_forward_kernel(q, k, v, g, doc, saved, slow, y, scale, T,
-                        H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                        BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)                      # (row, chunk, head)
-    if tl.load(slow + n) == 0:
-        return
+def any_slow(slow, total, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Whether a program has work: every num_programs-th of `total` pieces, PARTS of them for each chunk of a head."""
+    all = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, WIDTH)
+    return tl.max(tl.load(slow + all // PARTS, mask=all < total, other=0).to(tl.int32)) > 0
+
+
+@triton.jit
+def slow_output(q, k, v, g, doc, saved, y, scale, T, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr):
+    n += tl.full([], 0, tl.int64)
     N = tl.cdiv(T, C)
     b, c, h = n // H // N, n // H % N, n % H
     r = tl.arange(0, C)
@@ -206,6 +210,16 @@ def slow_forward_kernel(q, k, v, g, doc, saved, slow, y, scale, T,
             tl.store(y + row[:, None] * V + w[None, :], (o * scale).to(A.dtype), mask=mine[:, None])
 
 
+@triton.jit
+def slow_forward_kernel(q, k, v, g, doc, saved, slow, y, scale, T, total,
+                        H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                        BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr):
+    if any_slow(slow, total, 1, WIDTH):
+        for n in range(tl.program_id(0), total, tl.num_programs(0)):
+            if tl.load(slow + n) != 0:
+                slow_output(q, k, v, g, doc, saved, y, scale, T, n, H, K, V, C, BK, BV, PARTS, LIMIT)
+
+
 # Value channels of a tile, warps, stages. The first is run; the others are for a bench to compare.
 FORWARD = ((64, 4, 1), (64, 8, 1), (64, 4, 2), (128, 8, 1))
 
@@ -218,6 +232,15 @@ def parts(q: Tensor, g: Tensor) -> int:
 def segments(T: int, programs: int, chunk: int, x: Tensor) -> int:
     """How many parts of a row run at once: enough for two programs a processor, each of eight chunks or more."""
     return max(1, min(2 * processors(x) // max(programs, 1), T // (8 * chunk)))
+
+
+def share(total: int, x: Tensor) -> tuple[int, int]:
+    """Programs for `total` pieces most of which are no work, and how many pieces each has, as a power of two.
+
+    A program for each piece would be gone at once, but with all its registers no other runs beside it meanwhile.
+    """
+    programs = min(total, 4 * processors(x))
+    return programs, 1 << ((total - 1) // programs).bit_length()
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool,
@@ -240,6 +263,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, 
     forward_kernel[(B * H * count * V // BV,)](
         q, k, v, g, doc, S_in, y, saved, slow, S_out, scale, T, each, count, H, K, V, chunk, BK, BV, LIMIT[q.dtype],
         save, T % chunk == 0, stages, num_warps=warps, num_stages=stages)
-    slow_forward_kernel[(B * N * H,)](q, k, v, g, doc, saved, slow, y, scale, T, H, K, V, chunk, BK, min(V, 64),
-                                      parts(q, g), LIMIT[q.dtype], num_warps=4, num_stages=1)
+    programs, width = share(B * N * H, q)
+    slow_forward_kernel[(programs,)](q, k, v, g, doc, saved, slow, y, scale, T, B * N * H, H, K, V, chunk, min(BK, 32),
+                                     min(V, 64), parts(q, g), LIMIT[q.dtype], width, num_warps=8, num_stages=1)
     return y, S_out, saved, slow

@@ -3,7 +3,7 @@
 With e the decay from the chunk's middle row (gla.py), S the state before the chunk and dS the gradient of the state
 after it, dA = tril(dy v^T) and P = tril(q k^T, decayed):
     dq = 2^e (dA k 2^-e + dy S^T 2^left)    dk = 2^-e (dA^T q 2^e + v dS^T 2^right)    dv = P^T dy + k 2^(right - e) dS
-    dg = sum over later rows of q dq - k dk, plus what the state carries past the chunk's end.
+gate() makes dg of q dq, k dk and what passes through the chunk.
 Transposed products are formed anew. Chunks that were slow forward are slow here, in a kernel of their own.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.gla import LIMIT, attend, halves, parts, rows_of, segments, since, sums
+from stepladder.kernels.gla import LIMIT, any_slow, attend, halves, parts, rows_of, segments, share, since, sums
 from stepladder.kernels.gla_states import sweep
 from stepladder.kernels.tiles import LOG2E, dot
 
@@ -46,14 +46,18 @@ def through(v, dy, S, dS, row, x, seen, coming, V: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
-def later(db, end):
-    """Sum over a row and all after it, plus end; a scan from the last row on is four times the instructions."""
-    return (end + tl.sum(db, 0))[None, :] - tl.cumsum(db, 0) + db
+def gate(db, all):
+    """dg: what decays by a gate is all that the state brings in or through, less db of the rows before it.
+
+    db is q dq - k dk without a row's pair with itself, which no gate decays and which would leave its rounding errors;
+    over a chunk's pairs it sums up to zero, so rows before a gate say what rows after it do, and need no reverse scan.
+    """
+    return all[None, :] - (tl.cumsum(db, 0) - db)
 
 
 @triton.jit
-def block(q, k, v, g, dy, S, dS, dq, dk, dg, row, x, seen, coming, dA, dAt, P, scale, K: tl.constexpr, V: tl.constexpr,
-          C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def block(q, k, v, g, dy, S, dS, dq, dk, dg, row, x, seen, coming, dA, dAt, own, P, scale, K: tl.constexpr,
+          V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """Stores dq, dk, dg of BK key channels; adds theirs to P^T and returns k, decayed to the chunk's end."""
     r = tl.arange(0, C)
     bg = rows_of(g, row, K, x, seen)
@@ -63,15 +67,16 @@ def block(q, k, v, g, dy, S, dS, dq, dk, dg, row, x, seen, coming, dA, dAt, P, s
     bq, bk = rows_of(q, row, K, x, seen).to(tl.float32), rows_of(k, row, K, x, seen).to(tl.float32)
     qs, ks = (bq * up).to(dA.dtype), (bk * down).to(dA.dtype)
     P = dot(ks, tl.trans(qs), P)
-    gone, kept, carried = through(v, dy, S, dS, row, x, seen, coming, V, C, BK, BV)
-    kept = kept * (tl.exp2(right)[None, :] * down)
-    bdq = dot(dA, ks, gone * (tl.exp2(left) * scale)[None, :]) * up
-    bdk = dot(dAt, qs) * down + kept
-    end = tl.sum(bk * kept, 0) + carried * tl.exp2(left + right)
+    bdq, bdk, carried = through(v, dy, S, dS, row, x, seen, coming, V, C, BK, BV)
+    bdq *= up * (tl.exp2(left) * scale)[None, :]
+    all = tl.sum(bq * bdq, 0) + carried * tl.exp2(left + right)
+    bdq += dot(dA, ks) * up
+    bdk = (dot(dAt, qs) + bdk * tl.exp2(right)[None, :]) * down
     at = row[:, None] * K + x[None, :]
-    tl.store(dq + at, bdq.to(dq.dtype.element_ty), mask=seen[:, None])
-    tl.store(dk + at, bdk.to(dk.dtype.element_ty), mask=seen[:, None])
-    tl.store(dg + at, later(bq * bdq - bk * bdk, end).to(dg.dtype.element_ty), mask=seen[:, None])
+    db = bq * bdq - bk * bdk
+    tl.store(dq + at, (bdq + own[:, None] * bk).to(dq.dtype.element_ty), mask=seen[:, None])
+    tl.store(dk + at, (bdk + own[:, None] * bq).to(dk.dtype.element_ty), mask=seen[:, None])
+    tl.store(dg + at, gate(db, all).to(dg.dtype.element_ty), mask=seen[:, None])
     return P, (bk * (down * tl.exp2(right)[None, :])).to(dA.dtype)
 
 
@@ -85,20 +90,24 @@ def grads_kernel(q, k, v, g, doc, dy, S, dS, slow, dq, dk, dv, dg, scale, T,
     N = tl.cdiv(T, C)
     b, c, h = n // H // N, n // H % N, n % H
     r = tl.arange(0, C)
-    t = c * C + r
-    seen = (t < T) | EVEN
-    row = (b * T + t) * H + h
+    seen = (c * C + r < T) | EVEN
+    first = (b * T + c * C) * H + h
+    q, k, g, dq, dk, dg = q + first * K, k + first * K, g + first * K, dq + first * K, dk + first * K, dg + first * K
+    v, dy, dv = v + first * V, dy + first * V, dv + first * V
+    row = r * H                       # 32 bits from here on: tiles of offsets are held in registers
     coming = tl.load(doc + b * T + c * C) == tl.load(doc + b * T + c * C - 1, mask=c > 0, other=0)
     S, dS = S + n * K * V, dS + n * K * V
     dA, dAt = pairs(v, dy, row, seen, V, C, BV)
-    dA = tl.where(r[:, None] >= r[None, :], dA * scale, 0.0).to(dy.dtype.element_ty)
-    dAt = tl.where(r[:, None] <= r[None, :], dAt * scale, 0.0).to(dy.dtype.element_ty)
+    own = tl.sum(tl.where(r[:, None] == r[None, :], dA, 0.0), 1) * scale
+    dA = tl.where(r[:, None] > r[None, :], dA * scale, 0.0).to(dy.dtype.element_ty)
+    dAt = tl.where(r[:, None] < r[None, :], dAt * scale, 0.0).to(dy.dtype.element_ty)
     P = tl.zeros([C, C], tl.float32)
     x = tl.arange(0, BK)
-    P, ka = block(q, k, v, g, dy, S, dS, dq, dk, dg, row, x, seen, coming, dA, dAt, P, scale, K, V, C, BK, BV)
+    P, ka = block(q, k, v, g, dy, S, dS, dq, dk, dg, row, x, seen, coming, dA, dAt, own, P, scale, K, V, C, BK, BV)
     kb = ka
     if K > BK:
-        P, kb = block(q, k, v, g, dy, S, dS, dq, dk, dg, row, BK + x, seen, coming, dA, dAt, P, scale, K, V, C, BK, BV)
+        P, kb = block(q, k, v, g, dy, S, dS, dq, dk, dg, row, BK + x, seen, coming, dA, dAt, own, P, scale, K, V, C, BK,
+                      BV)
     P = tl.where(r[:, None] <= r[None, :], P * scale, 0.0).to(dA.dtype)
     for at in range(0, V, BV):
         w = at + tl.arange(0, BV)
@@ -110,14 +119,11 @@ def grads_kernel(q, k, v, g, doc, dy, S, dS, slow, dq, dk, dv, dg, scale, T,
 
 
 @triton.jit
-def slow_keys_kernel(q, k, v, g, doc, dy, S, dS, slow, dq, dk, dg, scale, T,
-                     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                     BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr):
+def slow_keys(q, k, v, g, doc, dy, S, dS, dq, dk, dg, scale, T, n, x,
+              H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+              PARTS: tl.constexpr, LIMIT: tl.constexpr):
     """dq, dk, dg of BK key channels of a slow chunk, a document at a time: pairs by halves, as attend() of gla.py."""
-    n = (tl.program_id(0) // (K // BK)).to(tl.int64)
-    if tl.load(slow + n) == 0:
-        return
-    x = tl.program_id(0) % (K // BK) * BK + tl.arange(0, BK)
+    n += tl.full([], 0, tl.int64)
     N = tl.cdiv(T, C)
     b, c, h = n // H // N, n // H % N, n % H
     r = tl.arange(0, C)
@@ -129,42 +135,53 @@ def slow_keys_kernel(q, k, v, g, doc, dy, S, dS, slow, dq, dk, dg, scale, T,
     for d in range(before, last + 1):
         mine = docs == d
         dA, dAt = pairs(v, dy, row, mine, V, C, BV)
+        own = tl.sum(tl.where(i == j, dA, 0.0), 1) * scale
         dA, dAt = (dA * scale).to(dy.dtype.element_ty), (dAt * scale).to(dy.dtype.element_ty)
         bg = rows_of(g, row, K, x, mine)
         bdq, bdk, carried = through(v, dy, S, dS, row, x, mine, d == before, V, C, BK, BV)
         bdq *= tl.exp2(sums(i >= j, bg, PARTS)) * scale
         bdk = tl.where(d == last, bdk * tl.exp2(sums(i < j, bg, PARTS)), 0.0)
-        end = tl.where((d == before) & (d == last), carried * tl.exp2(tl.sum(bg.to(tl.float32), 0) * LOG2E), 0.0)
         bq, bk = rows_of(q, row, K, x, mine), rows_of(k, row, K, x, mine)
-        end += tl.sum(bk * bdk, 0)
+        carried *= tl.exp2(tl.sum(bg.to(tl.float32), 0) * LOG2E)
+        all = tl.sum(bq * bdq, 0) + tl.where((d == before) & (d == last), carried, 0.0)
         size = tl.full([], C, tl.int32)
-        while size > 0:
+        while size > 1:
             here = r // size * size + size // 2
             e = sums(since(i, j, here[:, None]), bg, PARTS)
-            whole = (tl.max(tl.abs(e)) <= LIMIT) | (size == 1)
+            whole = tl.max(tl.abs(e)) <= LIMIT
             both = tl.where(whole, size, 0)
             right, left = r + both >= here, r < here + both
             same = here[:, None] == here[None, :]
             up = tl.exp2(tl.where(right[:, None], e, float("-inf")))
             down = tl.exp2(tl.where(left[:, None], -e, float("-inf")))
-            of_q = tl.where(same & right[:, None] & left[None, :] & (i >= j), dA, 0.0)
+            of_q = tl.where(same & right[:, None] & left[None, :] & (i > j), dA, 0.0)
             bdq += dot(of_q, (bk * down).to(dA.dtype)) * up
-            of_k = tl.where(same & left[:, None] & right[None, :] & (i <= j), dAt, 0.0)
+            of_k = tl.where(same & left[:, None] & right[None, :] & (i < j), dAt, 0.0)
             bdk += dot(of_k, (bq * up).to(dA.dtype)) * down
             size = tl.where(whole, 0, size // 2)
         at = row[:, None] * K + x[None, :]
-        tl.store(dq + at, bdq.to(dq.dtype.element_ty), mask=mine[:, None])
-        tl.store(dk + at, bdk.to(dk.dtype.element_ty), mask=mine[:, None])
-        tl.store(dg + at, later(bq * bdq - bk * bdk, end).to(dg.dtype.element_ty), mask=mine[:, None])
+        db = bq * bdq - bk * bdk
+        tl.store(dq + at, (bdq + own[:, None] * bk).to(dq.dtype.element_ty), mask=mine[:, None])
+        tl.store(dk + at, (bdk + own[:, None] * bq).to(dk.dtype.element_ty), mask=mine[:, None])
+        tl.store(dg + at, gate(db, all).to(dg.dtype.element_ty), mask=mine[:, None])
 
 
 @triton.jit
-def slow_values_kernel(q, k, g, doc, dy, dS, slow, dv, scale, T,
-                       H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                       BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    if tl.load(slow + n) == 0:
-        return
+def slow_keys_kernel(q, k, v, g, doc, dy, S, dS, slow, dq, dk, dg, scale, T, total,
+                     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                     BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr):
+    if any_slow(slow, total, K // BK, WIDTH):
+        for p in range(tl.program_id(0), total, tl.num_programs(0)):
+            if tl.load(slow + p // (K // BK)) != 0:
+                x = p % (K // BK) * BK + tl.arange(0, BK)
+                slow_keys(q, k, v, g, doc, dy, S, dS, dq, dk, dg, scale, T, p // (K // BK), x, H, K, V, C, BK,
+                          BV, PARTS, LIMIT)
+
+
+@triton.jit
+def slow_values(q, k, g, doc, dy, dS, dv, scale, T, n, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr):
+    n += tl.full([], 0, tl.int64)
     N = tl.cdiv(T, C)
     b, c, h = n // H // N, n // H % N, n % H
     r = tl.arange(0, C)
@@ -184,6 +201,16 @@ def slow_values_kernel(q, k, g, doc, dy, dS, slow, dv, scale, T,
                     ks = (rows_of(k, row, K, x, mine) * tl.exp2(until)).to(P.dtype)
                     bdv = dot(ks, tl.load(dS + n * K * V + x[:, None] * V + w[None, :]), bdv)
             tl.store(dv + row[:, None] * V + w[None, :], bdv.to(dv.dtype.element_ty), mask=mine[:, None])
+
+
+@triton.jit
+def slow_values_kernel(q, k, g, doc, dy, dS, slow, dv, scale, T, total,
+                       H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                       BV: tl.constexpr, PARTS: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr):
+    if any_slow(slow, total, 1, WIDTH):
+        for n in range(tl.program_id(0), total, tl.num_programs(0)):
+            if tl.load(slow + n) != 0:
+                slow_values(q, k, g, doc, dy, dS, dv, scale, T, n, H, K, V, C, BK, BV, PARTS, LIMIT)
 
 
 # Value channels of a tile, warps. The first is run.
@@ -207,9 +234,12 @@ def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Ten
     tile, warps = GRADS[0]
     grads_kernel[(B * N * H,)](q, k, v, g, doc, dy, saved, states, slow, dq, dk, dv, dg, scale, T, *sizes, BK,
                                min(V, tile), T % chunk == 0, num_warps=warps, num_stages=1)
-    half = min(BK, 32)                  # more would spill; all but slow chunks are over at once
-    slow_keys_kernel[(B * N * H * K // half,)](q, k, v, g, doc, dy, saved, states, slow, dq, dk, dg, scale, T, *sizes,
-                                               half, min(V, 64), *exact, num_warps=8, num_stages=1)
-    slow_values_kernel[(B * N * H,)](q, k, g, doc, dy, states, slow, dv, scale, T, *sizes, BK, min(V, 64), *exact,
-                                     num_warps=4, num_stages=1)
+    few = 16                            # key channels; with more it would spill
+    total = B * N * H * K // few
+    programs, width = share(total, q)
+    slow_keys_kernel[(programs,)](q, k, v, g, doc, dy, saved, states, slow, dq, dk, dg, scale, T, total, *sizes, few,
+                                  min(V, 64), *exact, width, num_warps=8, num_stages=1)
+    programs, width = share(B * N * H, q)
+    slow_values_kernel[(programs,)](q, k, g, doc, dy, states, slow, dv, scale, T, B * N * H, *sizes, min(BK, 32),
+                                    min(V, 64), *exact, width, num_warps=8, num_stages=1)
     return dq, dk, dv, dg, dS_in
