@@ -40,8 +40,7 @@ def both(sizes: tuple[int, ...] = (), lengths: tuple[float, ...] = (), head: int
     return kernel, torch_form
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, HALF])
-@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize(("border", "dtype"), [*((name, SINGLE) for name in BORDERS), ("many", HALF)])
 def test_the_prologue_and_its_gradients_are_the_torch_forms(border: str, dtype: torch.dtype, poisoned: None) -> None:
     agree(*both((8, 8, 8), (0.3, 1), 8), inputs(21, 24, 4, BORDERS[border], dtype), BAR[dtype])
 
@@ -51,8 +50,7 @@ def test_the_prologue_and_its_gradients_are_the_torch_forms(border: str, dtype: 
     (3, 4, (4, 8, 6), (0, 2.0), 4)])
 def test_rows_shorter_than_the_filter_and_parts_that_fill_no_tile(
         T: int, W: int, sizes: tuple[int, ...], lengths: tuple[float, ...], head: int, poisoned: None) -> None:
-    for bias in (True, False):
-        agree(*both(sizes, lengths, head), inputs(T, sum(sizes), W, [1, 4], bias=bias), 1e-5)
+    agree(*both(sizes, lengths, head), inputs(T, sum(sizes), W, [1, 4], bias=T != 3), 1e-5)
 
 
 def test_a_filter_of_one_tap_has_no_state(poisoned: None) -> None:
@@ -105,11 +103,11 @@ def test_parts_that_do_not_add_up_are_refused() -> None:
 
 
 def test_the_op_says_what_it_does_and_traces_without_a_break() -> None:
-    made = inputs(3, 8, 4, [1])
+    made = inputs(2, 8, 4, [1], B=1)
     args = (*(z.requires_grad_() if z.is_floating_point() else z for z in made.values()), [4, 4], [1.0, 0.0], 4)
     torch.library.opcheck(conv.fused, args)
     torch.library.opcheck(conv._backward, (*(z.detach() if isinstance(z, Tensor) else z for z in args),
-                                           [torch.ones(2, 3, 4)] * 2, torch.ones(2, 3, 8)))
+                                           [torch.ones(1, 2, 4)] * 2, torch.ones(1, 3, 8)))
     torch.compile(lambda x: sum(z.sum() for z in conv.fused(x, *args[1:])), fullgraph=True,
                   backend="aot_eager")(args[0]).backward()
     assert made["w"].grad is not None
