@@ -1,0 +1,150 @@
+"""One GPU: forward and forward + backward of a kernel family, its floor, and flash-linear-attention's in the same run.
+
+    python tests/bench/kernels.py gla [--tokens 32768] [--peer] [--configs]
+
+Time is the median over calls that take turns, between CUDA events; memory the peak above the inputs; the floor what
+compulsory bytes take at 3.0 TB/s or products at 800 TFLOP/s, whichever is more; the first call compiles unless cached.
+--configs measures every configuration of the family's tables too.
+"""
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from triton.runtime.errors import OutOfResources
+
+BANDWIDTH, RATE, HEADS = 3.0e12, 800e12, 16
+SHAPES = ((2048, 128, 128), (8192, 128, 128), (32768, 128, 128), (2048, 64, 64), (2048, 128, 256))     # T, K, V
+
+
+class Case(NamedTuple):
+    inputs: dict[str, Tensor]
+    ours: Callable[..., tuple[Tensor, Tensor]]
+    peer: Callable[..., tuple[Tensor, Tensor]] | None
+    bytes: tuple[float, float]                 # forward, backward
+    flops: tuple[float, float]
+    tables: tuple[tuple[Any, str], ...] = ()   # module and name of the configurations it runs the first of
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def gla(B: int, T: int, K: int, V: int, peer: bool) -> Case:
+    from stepladder.kernels import gla as forward
+    from stepladder.kernels import gla_backward, gla_states
+    from stepladder.ops import gla as ops
+    start = torch.zeros(B, T, dtype=torch.bool, device="cuda")
+    inputs = {"q": randn(B, T, HEADS, K), "k": randn(B, T, HEADS, K), "v": randn(B, T, HEADS, V),
+              "g": F.logsigmoid(randn(B, T, HEADS, K, dtype=torch.float32)) / 16,
+              "S": randn(B, HEADS, K, V, dtype=torch.float32)}
+    theirs = None
+    if peer:
+        from fla.ops.gla import chunk_gla
+        theirs = lambda q, k, v, g, S: chunk_gla(q, k, v, g, scale=K**-0.5, initial_state=S, output_final_state=True)
+    n, states = B * T * HEADS, 2 * K * V / 64          # bytes of a state per token, every 64 in bf16
+    return Case(inputs, lambda q, k, v, g, S: ops.fused(q, k, v, g, start, S, K**-0.5), theirs,
+                (n * (8 * K + 4 * V + states), n * (16 * K + 6 * V + states)),
+                (n * (4 * K * V + 128 * (K + V)), n * (10 * K * V + 64 * (6 * K + 4 * V))),
+                ((forward, "FORWARD"), (gla_states, "SWEEP"), (gla_backward, "GRADS")))
+
+
+FAMILIES: dict[str, Callable[[int, int, int, int, bool], Case]] = {"gla": gla}
+
+
+def calls(case: Case, f: Callable[..., Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward, and forward and backward."""
+    leaves = {n: z.requires_grad_() if z.is_floating_point() else z for n, z in case.inputs.items()}
+    wrt = [z for z in leaves.values() if z.requires_grad]
+    with torch.no_grad():
+        weights = [torch.randn_like(z) for z in f(**leaves)]
+
+    def both() -> None:
+        torch.autograd.grad(f(**leaves), wrt, weights)
+
+    return lambda: f(**leaves), both
+
+
+def milliseconds(f: Callable[[], Any]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    f()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def peak(f: Callable[[], Any]) -> float:
+    """MiB above what is there already."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def rows(case: Case, repeats: int) -> Iterator[tuple[str, float, float, float, float]]:
+    """(whose, first call s, forward ms, forward + backward ms, peak MiB), the sides taking turns."""
+    runs, first = {}, {}
+    for name, f in (("ours", case.ours), ("peer", case.peer)):
+        if f is not None:
+            began = time.perf_counter()
+            runs[name] = calls(case, f)
+            runs[name][1]()
+            torch.cuda.synchronize()
+            first[name] = time.perf_counter() - began
+    taken: dict[str, list[list[float]]] = {name: [[], []] for name in runs}
+    for i in range(repeats + 3):
+        for name, pair in runs.items():
+            for f, times in zip(pair, taken[name], strict=True):
+                took = milliseconds(f)
+                if i >= 3:
+                    times.append(took)
+    for name, (forward, both) in taken.items():
+        yield name, first[name], median(forward), median(both), peak(runs[name][1])
+
+
+def choices(case: Case) -> Iterator[str]:
+    """The tables' first configurations, then each other one by itself."""
+    yield ""
+    for module, name in case.tables:
+        table = getattr(module, name)
+        for one in table[1:]:
+            setattr(module, name, (one,))
+            yield f" {name} {one}"
+        setattr(module, name, table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--peer", action="store_true", help="flash-linear-attention beside it; it must be installed")
+    parser.add_argument("--configs", action="store_true", help="every configuration of the family's tables")
+    args = parser.parse_args()
+    print(f"{args.family}, {torch.cuda.get_device_name()}, {args.tokens} tokens, {HEADS} heads\n")
+    print("| T, K, V | | forward ms | forward + backward ms | floors ms | peak MiB | first call s |\n|" + "---|" * 7)
+    for T, K, V in SHAPES:
+        if args.tokens < T:
+            continue
+        case = FAMILIES[args.family](args.tokens // T, T, K, V, args.peer)
+        floors = [max(b / BANDWIDTH, f / RATE) * 1e3 for b, f in zip(case.bytes, case.flops, strict=True)]
+        for which in choices(case) if args.configs else ("",):
+            try:
+                for name, first, forward, both, memory in rows(case, args.repeats):
+                    print(f"| {T}, {K}, {V} | {name}{which} | {forward:.3f} | {both:.3f} | {floors[0]:.3f} / "
+                          f"{sum(floors):.3f} | {memory:.0f} | {first:.1f} |", flush=True)
+            except (torch.OutOfMemoryError, OutOfResources) as e:
+                print(f"| {T}, {K}, {V} |{which} | {type(e).__name__} | | | | |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
