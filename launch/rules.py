@@ -1,6 +1,7 @@
 """What cannot run is refused here, before any work starts: each rule is a sentence with the way out."""
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,7 +68,11 @@ def _tensor(run: Run, world: int) -> None:
     _divides("model.vocab", run.model.vocab, "parallel.tp", tp, f"round it up to {-(-run.model.vocab // tp) * tp}")
     _divides("model.width", run.model.width, "parallel.tp", tp, lower)
     for path, block in _blocks(run):
-        _divides(f"{path}.token.heads", getattr(block.token, "heads", 0), "parallel.tp", tp, lower)
+        for name in ("heads", "inner"):
+            _divides(f"{path}.token.{name}", getattr(block.token, name, 0), "parallel.tp", tp, lower)
+        groups = getattr(block.token, "groups", 1)
+        if groups > 1:                    # a single one is held by all
+            _divides(f"{path}.token.groups", groups, "parallel.tp", tp, lower)
         kv = getattr(block.token, "kv_heads", 0)
         if kv and kv % tp and tp % kv:    # fewer than tp is fine: each is then held by tp / kv_heads ranks
             raise ConfigError(f"{path}.token.kv_heads = {kv}, parallel.tp = {tp}: neither divides the other; {lower}")
@@ -164,13 +169,15 @@ def _data(run: Run, world: int) -> None:
 
 def _batch(run: Run, world: int) -> None:
     data, dp = run.data, world // (run.parallel.tp * run.parallel.pp)
+    _divides("data.lanes", data.lanes, "dp", dp,
+             f"each dp rank reads its own lanes, so set it to {-(-data.lanes // dp) * dp}{_fitting(run)}")
     unit = data.seq * data.rows * dp
-    below = data.batch_tokens // unit * unit
+    both = math.lcm(unit, data.seq * data.lanes)               # what lanes would refuse is no way out
+    below = data.batch_tokens // both * both
+    way_out = f"set it to {f'{below} or ' if below else ''}{below + both}"
     _divides("data.batch_tokens", data.batch_tokens,
              f"data.seq x data.rows x dp = {data.seq} x {data.rows} x {dp}", unit,
-             f"set it to {f'{below} or ' if below else ''}{below + unit}, or change data.rows{_fitting(run)}")
-    _divides("data.lanes", data.lanes, "dp", dp,
-             f"each dp rank reads its own lanes, so set it to a multiple{_fitting(run)}")
+             f"{way_out}, or change data.rows{_fitting(run)}")
     rows = data.batch_tokens // data.seq
     _divides("data.batch_tokens / data.seq", rows, "data.lanes", data.lanes,
              f"each lane gives as many rows a step, so set data.lanes to a divisor of {rows}")

@@ -341,6 +341,7 @@ def run(args: argparse.Namespace) -> int:
     if args.timeline and args.steps_now is not None and args.steps_now <= timeline.AFTER:
         raise config.ConfigError(f"--timeline draws step {timeline.AFTER + 1} of this program, but --steps-now is "
                                  f"{args.steps_now}; raise it or drop the flag")
+    world.refuse_far_copies(chosen, w)
     folder = Path(args.run or Path("runs") / Path(args.config).stem)
     if w.main:
         _claim(folder)

@@ -221,10 +221,22 @@ def _mpi_address(w: World) -> str:
     return world.bcast(address)
 
 
+def refuse_far_copies(run: Run, w: World) -> None:
+    """Raises ValueError for copy engines that would have to reach another machine."""
+    if run.parallel.copies and _far(run, w):
+        raise ValueError(f"parallel.copies = true copies between GPUs of one machine, but parallel.tp = "
+                         f"{run.parallel.tp} leaves its machine, which has {w.local_size} ranks; set it to false")
+
+
+def _far(run: Run, w: World) -> bool:
+    """Whether tensor parallelism leaves the machine, as far as a launcher told."""
+    return 0 < w.local_size < w.size and w.local_size % run.parallel.tp != 0
+
+
 def slow_link(run: Run, w: World, flops: float, peak: float) -> str | None:
     """A warning where tensor parallelism leaves the machine, with what it costs. flops: of a token, both passes."""
     tp, local = run.parallel.tp, w.local_size
-    if not local or local >= w.size or local % tp == 0:
+    if not _far(run, w):
         return None
     size = 8 if run.train.dtype == "fp64" else 4 if run.train.dtype == "fp32" else 2
     # A ring moves 2 (n - 1) / n of a tensor; a layer sums four, two of them in the backward pass.

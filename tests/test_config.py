@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import tomllib
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -223,6 +225,12 @@ TP2 = {"parallel.tp": 2}
      "train.compile = true computes both halves of a backward at once, which parallel.schedule = \"zero-bubble\""),
     (1, {"parallel.chunks": 4}, 'parallel.chunks = 4 is for schedule = "interleaved", but the schedule is "1f1b"; '),
     (1, {"parallel.copies": True}, "parallel.copies = true moves the sums of tensor parallelism, but parallel.tp = 1"),
+    (3, {"parallel.tp": 3, "model.vocab": 258, "model.width": 66} | {f"model.blocks.{name}.token": {
+        "kind": "mamba", "inner": 64} for name in ("gla", "full")},
+     "model.blocks.gla.token.inner = 64 is not divisible by parallel.tp = 3; change one of them"),
+    (4, {"parallel.tp": 4} | {f"model.blocks.{name}.token": {"kind": "mamba2", "heads": 4, "groups": 2}
+                              for name in ("gla", "full")},
+     "model.blocks.gla.token.groups = 2 is not divisible by parallel.tp = 4; change one of them"),
     (2, TP2 | {"parallel.copies": True, "train.device": "cpu"}, "parallel.copies = true copies from GPU to GPU, but"),
     (1, {"parallel.sequence": True}, "parallel.sequence = true splits tokens over tp ranks, but parallel.tp = 1;"),
     (2, TP2 | DENSE | {"parallel.sequence": True, "data.seq": 63}, "data.seq = 63 is not divisible by parallel"),
@@ -231,9 +239,9 @@ TP2 = {"parallel.tp": 2}
     (1, {"data.sources.plays.weight": 0}, "none of the 1 sources in [data.sources] has a weight above 0; add one"),
     (1, {"train.eval_every": 10, "data.heldout": 0.0}, "train.eval_every = 10 has nothing to read, data.heldout = 0;"),
     (2, {"data.batch_tokens": 1000},
-     "data.batch_tokens = 1000 is not divisible by data.seq x data.rows x dp = 64 x 2 x 2 = 256; set it to 768 or "),
+     "data.batch_tokens = 1000 is not divisible by data.seq x data.rows x dp = 64 x 2 x 2 = 256; set it to 512 or "),
     (2, {"data.batch_tokens": 100}, "data.batch_tokens = 100 is not divisible by data.seq x data.rows x dp = "
-                                    "64 x 2 x 2 = 256; set it to 256,"),
+                                    "64 x 2 x 2 = 256; set it to 512,"),
     (2, {"data.lanes": 1}, "data.lanes = 1 is not divisible by dp = 2; "),
     (1, {"data.lanes": 3}, "data.batch_tokens / data.seq = 16 is not divisible by data.lanes = 3; "),
     (1, {"optimizer.warmup_steps": 101}, "optimizer.warmup_steps + decay_steps = 101 + 0 are more than train"),
@@ -243,6 +251,19 @@ def test_what_cannot_run_is_refused_with_a_way_out(world, changes, sentence):
     text = says(rules.check, parsed(**changes), world)
     assert text.startswith(sentence)
     assert ";" in text    # the way out
+
+
+@pytest.mark.parametrize("dp", [2, 3, 5, 6, 7, 12])
+def test_who_follows_the_advice_on_a_batch_gets_a_run(dp):
+    """Lanes used to refuse what was advised for the batch."""
+    changes: dict[str, Any] = {}
+    for _ in range(2):
+        try:
+            return rules.check(parsed(**changes), dp)
+        except config.ConfigError as error:
+            key, advised = re.match(r"(data\.\w+).*; .*?set it to (\d+)", str(error)).groups()
+            changes[key] = int(advised)
+    rules.check(parsed(**changes), dp)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

@@ -437,8 +437,17 @@ def test_one_line_says_how_ranks_are_laid_out(layout: Parallel, n: int, says: st
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do(toml: Path) -> None:
     with pytest.raises(config.ConfigError) as caught:
         rules.check(config.load(toml, ["data.lanes=4", "data.batch_tokens=384", "parallel.tp=2"]), 6)
-    assert str(caught.value).endswith("so set it to a multiple; as it is, it runs on dp = 1, 2, 4 (2, 4, 8 processes)")
+    assert str(caught.value).endswith("so set it to 6; as it is, it runs on dp = 1, 2, 4 (2, 4, 8 processes)")
     rules.check(config.load(toml, ["data.lanes=4", "data.batch_tokens=384", "parallel.tp=2"]), 8)
+
+
+def test_copy_engines_over_a_slow_link_are_refused(toml: Path) -> None:
+    run = config.load(str(toml), ["parallel.tp=8", "parallel.copies=true"])
+    for local, size in ((0, 16), (8, 16), (8, 8)):          # nobody told, inside the machine, one machine
+        world.refuse_far_copies(run, world.World(0, size, 0, "torchrun", local))
+    with pytest.raises(ValueError, match=r"^parallel.copies = true copies between GPUs of one machine, but parallel.tp "
+                                         r"= 8 leaves its machine, which has 4 ranks; set it to false$"):
+        world.refuse_far_copies(run, world.World(0, 16, 0, "torchrun", 4))
 
 
 def test_tensor_parallelism_over_a_slow_link_is_warned_of_with_its_cost(toml: Path) -> None:
