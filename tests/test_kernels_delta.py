@@ -18,8 +18,9 @@ from stepladder.ops import delta
 poisoned = fused.poisoned
 CHUNK = 16
 GATES: dict[str, Callable[[Tensor], Tensor]] = {      # of numbers in [0, 1)
-    "0": lambda z: 0 * z, "-0.001": lambda z: 0 * z - 1e-3, "-5": lambda z: 0 * z - 5, "-50": lambda z: 0 * z - 50,
-    "-1 to 0": lambda z: -z, "of all sizes": lambda z: -torch.tensor([0, 1e-3, 5, 50]).to(z)[(4 * z).long()]}
+    "0": lambda z: 0 * z, "-0.001": lambda z: 0 * z - 1e-3, "-5": lambda z: 0 * z - 5, "-12": lambda z: 0 * z - 12,
+    "-50": lambda z: 0 * z - 50, "-1 to 0": lambda z: -z,
+    "of all sizes": lambda z: -torch.tensor([0, 1e-3, 5, 50]).to(z)[(4 * z).long()]}
 BORDERS: dict[str, list[int]] = {"none": [], "the first token": [0], "the last token": [36],
                                  "a chunk's edges": [16, 31], "many": [0, 3, 4, 5, 15, 17, 30, 32]}
 
@@ -42,9 +43,9 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, start: Tensor, S: Tens
     return delta.fused(q, k, v, g, beta, start, S, CHUNK, length)
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, start: Tensor, S: Tensor,
-               g: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return delta.recurrent(q, k, v, torch.zeros_like(beta) if g is None else g, beta, start, S)
+def definition(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, start: Tensor, S: Tensor, g: Tensor | None = None,
+               form: Callable[..., tuple[Tensor, Tensor]] = delta.recurrent) -> tuple[Tensor, Tensor]:
+    return form(q, k, v, torch.zeros_like(beta) if g is None else g, beta, start, S)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
@@ -165,7 +166,7 @@ def test_the_operators_are_registered_whole() -> None:
 
 def test_a_compiled_call_has_no_break() -> None:
     made = inputs(20, begins=[9])
-    call = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    call = torch.compile(partial(delta.fused, chunk=CHUNK), fullgraph=True, backend="aot_eager")
     got, want = outcome(call, made), outcome(kernel, made)
     assert all(torch.equal(got[n], want[n]) for n in want)
 
@@ -212,11 +213,11 @@ BARS = {"y": 5e-3, "S": 5e-3, "dg": 2e-2, "dbeta": 2e-2}        # of bf16; other
                                                 (32, 32, 2, 2)])
 @pytest.mark.parametrize("gate", ["0", "-1 to 0", "of all sizes", None])
 def test_on_a_gpu_bf16_is_within_its_bars(K: int, V: int, G: int, H: int, gate: str | None, poisoned: None) -> None:
-    for T in (1, 333):
+    for T, form in ((1, delta.recurrent), (333, delta.recurrent), (1100, delta.chunked)):     # the last in segments
         made = inputs(T, gate or "0", [0, 63, 64, 65, 200], torch.bfloat16, G, 2, H, K, V, "cuda")
         if gate is None:
             del made["g"]
-        agree(partial(delta.fused, **({} if gate else {"g": None})), partial(definition), made, 8e-3, **BARS)
+        agree(partial(delta.fused, **({} if gate else {"g": None})), partial(definition, form=form), made, 8e-3, **BARS)
 
 
 @gpu
