@@ -64,20 +64,19 @@ def block(q, k, v, g, dy, S, dS, dq, dk, dg, row, x, seen, coming, dA, dAt, own,
     left, right = halves(bg, r, C)
     e = tl.cumsum(bg.to(tl.float32), 0) * LOG2E - left[None, :]
     up, down = tl.exp2(e), tl.exp2(-e)
-    bq, bk = rows_of(q, row, K, x, seen).to(tl.float32), rows_of(k, row, K, x, seen).to(tl.float32)
+    bq, bk = rows_of(q, row, K, x, seen), rows_of(k, row, K, x, seen)
     qs, ks = (bq * up).to(dA.dtype), (bk * down).to(dA.dtype)
     P = dot(ks, tl.trans(qs), P)
     bdq, bdk, carried = through(v, dy, S, dS, row, x, seen, coming, V, C, BK, BV)
-    bdq *= up * (tl.exp2(left) * scale)[None, :]
-    all = tl.sum(bq * bdq, 0) + carried * tl.exp2(left + right)
-    bdq += dot(dA, ks) * up
-    bdk = (dot(dAt, qs) + bdk * tl.exp2(right)[None, :]) * down
+    bdq *= (tl.exp2(left) * scale)[None, :]
+    all = tl.sum(qs * bdq, 0) + carried * tl.exp2(left + right)
+    bdq = dot(dA, ks, bdq)
+    bdk = dot(dAt, qs, bdk * tl.exp2(right)[None, :])
     at = row[:, None] * K + x[None, :]
-    db = bq * bdq - bk * bdk
-    tl.store(dq + at, (bdq + own[:, None] * bk).to(dq.dtype.element_ty), mask=seen[:, None])
-    tl.store(dk + at, (bdk + own[:, None] * bq).to(dk.dtype.element_ty), mask=seen[:, None])
-    tl.store(dg + at, gate(db, all).to(dg.dtype.element_ty), mask=seen[:, None])
-    return P, (bk * (down * tl.exp2(right)[None, :])).to(dA.dtype)
+    tl.store(dq + at, (bdq * up + own[:, None] * bk).to(dq.dtype.element_ty), mask=seen[:, None])
+    tl.store(dk + at, (bdk * down + own[:, None] * bq).to(dk.dtype.element_ty), mask=seen[:, None])
+    tl.store(dg + at, gate(qs * bdq - ks * bdk, all).to(dg.dtype.element_ty), mask=seen[:, None])
+    return P, (ks * tl.exp2(right)[None, :]).to(dA.dtype)
 
 
 @triton.jit
@@ -232,13 +231,14 @@ def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Ten
     dq, dk, dv, dg = (torch.empty_like(z) for z in (q, k, v, g))
     sizes, exact = (H, K, V, chunk), (parts(q, g), LIMIT[q.dtype])
     tile, warps = GRADS[0]
+    BV = min(max(V // 2, 16), tile)     # a loop of one pass is unrolled, which spills
     grads_kernel[(B * N * H,)](q, k, v, g, doc, dy, saved, states, slow, dq, dk, dv, dg, scale, T, *sizes, BK,
-                               min(V, tile), T % chunk == 0, num_warps=warps, num_stages=1)
+                               BV, T % chunk == 0, num_warps=warps, num_stages=1)
     few = 16                            # key channels; with more it would spill
     total = B * N * H * K // few
     programs, width = share(total, q)
     slow_keys_kernel[(programs,)](q, k, v, g, doc, dy, saved, states, slow, dq, dk, dg, scale, T, total, *sizes, few,
-                                  min(V, 64), *exact, width, num_warps=8, num_stages=1)
+                                  BV, *exact, width, num_warps=8, num_stages=1)
     programs, width = share(B * N * H, q)
     slow_values_kernel[(programs,)](q, k, g, doc, dy, states, slow, dv, scale, T, B * N * H, *sizes, min(BK, 32),
                                     min(V, 64), *exact, width, num_warps=8, num_stages=1)
