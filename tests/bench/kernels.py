@@ -26,8 +26,8 @@ SHAPES = ((2048, 128, 128), (8192, 128, 128), (32768, 128, 128), (2048, 64, 64),
 
 class Case(NamedTuple):
     inputs: dict[str, Tensor]
-    ours: Callable[..., tuple[Tensor, Tensor]]
-    peer: Callable[..., tuple[Tensor, Tensor]] | None
+    ours: Callable[..., tuple[Tensor, ...]]
+    peer: Callable[..., tuple[Tensor, ...]] | None
     bytes: tuple[float, float]                 # forward, backward
     flops: tuple[float, float]
     tables: dict[str, tuple[dict[Any, Any], Any]]      # where configurations lie, of which the first runs
@@ -78,11 +78,42 @@ def delta(B: int, T: int, K: int, V: int, peer: bool, gated: bool = False) -> Ca
                 (n * (4 * K + 4 * V + 8 + states), n * (8 * K + 6 * V + 16 + states)),
                 (n * (6 * K * V + 4 * C * (K + V) + 2 * C * C / 3), n * (18 * K * V + C * (10 * K + 12 * V + 4 * C))),
                 {"ACROSS": (forward.ACROSS, K), "REVERSE": (delta_backward.REVERSE, K),
-                 "GRADIENTS": (delta_backward.GRADIENTS, K)})
+                 "GRADIENTS": (delta_backward.GRADIENTS, max(K, V))})
+
+
+def prologue(B: int, T: int, K: int, V: int, peer: bool) -> Case:
+    from stepladder.ops import conv as ops
+    sizes, W = [HEADS * K, HEADS * K, HEADS * V], 4
+    C, start = sum(sizes), torch.zeros(B, T, dtype=torch.bool, device="cuda")
+    inputs = {"x": randn(B, T, C), "w": randn(C, W, dtype=torch.float32), "before": randn(B, W - 1, C)}
+    theirs = None
+    if peer:
+        from fla.modules.convolution import causal_conv1d
+        from fla.modules.l2norm import l2_norm
+
+        def theirs(x: Tensor, w: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+            y = causal_conv1d(x, w, activation="silu", initial_state=F.pad(before.mT, (1, 0)))[0]
+            q, k, v = (z.unflatten(-1, (HEADS, -1)) for z in y.split(sizes, -1))
+            return l2_norm(q) * K**-0.5, l2_norm(k), v.contiguous()
+    n = B * T * C
+    return Case(inputs, lambda x, w, before: tuple(ops.fused(x, w, start, before, None, sizes, [K**-0.5, 1.0, 0.0], K)),
+                theirs, (4 * n, 6 * n), (0, 0), {})
+
+
+def epilogue(B: int, T: int, K: int, V: int, peer: bool) -> Case:
+    from stepladder.ops import norm as ops
+    inputs = {"y": randn(B, T, HEADS, V), "scale": randn(V, dtype=torch.float32), "gate": randn(B, T, HEADS, V)}
+    theirs = None
+    if peer:
+        from fla.modules.fused_norm_gate import rms_norm_gated
+        theirs = lambda y, scale, gate: (rms_norm_gated(y, gate, scale, None, eps=1e-6),)
+    n = B * T * HEADS * V
+    return Case(inputs, lambda **x: (ops.fused(**x),), theirs, (6 * n, 10 * n), (0, 0), {})
 
 
 FAMILIES: dict[str, Callable[[int, int, int, int, bool], Case]] = {
-    "gla": gla, "delta": delta, "gated_delta": partial(delta, gated=True)}
+    "gla": gla, "delta": delta, "gated_delta": partial(delta, gated=True),
+    "prologue": prologue, "epilogue": epilogue}
 
 
 def calls(case: Case, f: Callable[..., Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
