@@ -25,6 +25,8 @@ from stepladder.data.cache import Cache
 from stepladder.data.fetch import FetchError, Limits
 from stepladder.data.manifest import Columns, Manifest, Shard
 
+AWAY = "cannot be fetched"
+
 
 class ShardError(ValueError):
     """A shard that is missing, cut short or corrupt; `offset` is the byte in it where the unreadable block begins."""
@@ -32,6 +34,11 @@ class ShardError(ValueError):
     def __init__(self, shard: str, offset: int, what: str, way: str = "prepare or copy it again"):
         super().__init__(shard, offset, what, way)
         self.shard, self.offset, self.what, self.way = shard, offset, what, way
+
+    @property
+    def passing(self) -> bool:
+        """Whether another start may find it: its source did not answer."""
+        return self.what.startswith(AWAY)
 
     @property
     def fault(self) -> str:
@@ -153,7 +160,7 @@ class Corpus:
             try:
                 remote.fetch(self.url(told.file), lambda chunks: _store(chunks, file, told))
             except FetchError as error:
-                why = f"cannot be fetched ({error})"
+                why = f"{AWAY} ({error})"
             return not why
 
         if self._cache:
@@ -162,7 +169,7 @@ class Corpus:
                 if file := self._cache.open(told.sha256, told.bytes, fill, until):
                     return file, why
             except TimeoutError as error:
-                return io.BytesIO(), f"cannot be fetched ({error})"
+                return io.BytesIO(), f"{AWAY} ({error})"
             except OSError:
                 why = ""  # the cache cannot be used, the shard perhaps can
         file = io.BytesIO()

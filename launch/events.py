@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepladder.parallel.watch import LostRank
-
 FILE, MARKER, UNTOLD = "events.jsonl", "unfinished", ".untold"
 
 
@@ -91,7 +89,7 @@ class Events:
             yield
         except BaseException as error:
             ours = isinstance(error, ValueError) or type(error).__module__.startswith("stepladder.")
-            self.fault(str(error) or type(error).__name__, again=not ours or isinstance(error, LostRank))
+            self.fault(str(error) or type(error).__name__, again=not ours or getattr(error, "passing", False))
             raise
 
 

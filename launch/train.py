@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import math
 import os
-import resource
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from stepladder.data import loader as data
 from stepladder.data.fetch import Limits
-from stepladder.launch import agree, config, rules, timeline, world
+from stepladder.launch import agree, config, hardware, rules, timeline, world
 from stepladder.launch.events import Events
 from stepladder.launch.log import Log
 from stepladder.launch.stop import Stop
@@ -33,7 +32,6 @@ from stepladder.parallel.pipeline import Micro
 from stepladder.parallel.watch import watch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}      # dense bf16 FLOP/s of the datasheets
 
 
 class TrainingError(RuntimeError):
@@ -109,7 +107,7 @@ class Trainer:
         self.log = Log(self.folder, main=self.world.main, total_steps=run.train.steps, step=self.at,
                        every=run.train.log_every)
         self.flops = 3 * flops(run.model, run.data.seq)
-        self.peak = _peak(self.device) * self.world.size
+        self.peak = hardware.peak(self.device) * self.world.size
         self.clock = _Clock()
         self.header: dict[str, Any] = {"mesh": repr(self.mesh)}      # of the first record
         self._introduce(start)
@@ -151,7 +149,7 @@ class Trainer:
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
         self.events.add("resume" if start else "start", step=self.at, ranks=self.world.size,
                         launcher=self.world.launcher, attempt=self.world.attempt, mesh=repr(self.mesh),
-                        device=_name(self.device), torch=torch.__version__, code=agree.code(),
+                        device=hardware.name(self.device), torch=torch.__version__, code=agree.code(),
                         data=self.loader.manifest_hash)
         if self.at >= self.run.train.steps:
             self._tell(f"the run is finished: train.steps = {self.run.train.steps}; raise it to go on")
@@ -206,6 +204,7 @@ class Trainer:
         self.clock.start(self.loader.waited)                 # the next step's time is its own
 
     def save(self) -> None:
+        self.store.finish()              # the save before speaks over the same group, in a thread
         cursors = self.store.ranks.gather(self.cursor)
         mesh, whole = self.mesh, {}
         if cursors:
@@ -235,8 +234,9 @@ class Trainer:
         speed = self.run.data.batch_tokens / took
         record = {"step": late.step, "loss": float(r.nll), "tokens": late.tokens, "lr": late.lr,
                   "grad_norm": float(r.norm), "tokens_per_s": speed,
-                  "mfu": speed * self.flops / self.peak if self.peak else None, "memory_gib": _memory(self.device),
-                  "data_wait": waited / took, "load": [float(x.max() / x.mean().clamp_min(1e-9)) for x in r.load],
+                  "mfu": speed * self.flops / self.peak if self.peak else None,
+                  "memory_gib": hardware.memory(self.device), "data_wait": waited / took,
+                  "load": [float(x.max() / x.mean().clamp_min(1e-9)) for x in r.load],
                   "entropy": r.entropy.tolist(), "balance": r.balance.tolist(), "skipped": int(r.skipped)}
         if evaluate:
             record["eval_loss"] = self.evaluate()
@@ -303,20 +303,6 @@ def _numerics(plan: config.Derived, dtype: str) -> None:
 def _table(run: config.Run) -> dict[str, Any]:
     """The resolved run as a checkpoint holds it."""
     return tomllib.loads(config.dump(run))
-
-
-def _peak(device: torch.device) -> float:
-    return next((peak for key, peak in PEAK.items() if key in _name(device)), 0.0)
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _memory(device: torch.device) -> float:
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss
-    return used / 2**30
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """Names what a run hangs on. A thread on every rank follows its collectives and tells the others, through the store,
 how far it is; what takes longer than the limit ends the process with a sentence about who did not come.
 
-The rest of the code calls `watch.track` for each collective it starts and `watch.step` for each step; outside `over`
-both do nothing. Collectives that nobody tracks (FSDP's, the optimizer's) are covered by the step: no progress for as
-long as the limit is a hang, too.
+The rest of the code calls `watch.track` for each collective it starts, `watch.note` for those whose handles others have
+(FSDP's, a pipeline's), and `watch.step` for each step; outside `over` they do nothing. What nobody tracks is covered by
+the step: no progress for as long as the limit is a hang, too.
 """
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def listed(ranks: Sequence[int]) -> str:
 
 class LostRank(RuntimeError):
     """The group is broken: another rank is gone, or left."""
-    exit = EXIT            # of the program: started again, it may well run
+    exit = EXIT            # of the program
+    passing = True         # started again, it may well run
 
 
 class Word(NamedTuple):
@@ -58,6 +59,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.on = self.leaving = self.rests = False
+        self.started = 0
         self.runs = 0                          # of this process: a store outlives them
         self.tell: Callable[[str], None] = lambda why: None
 
@@ -108,13 +110,19 @@ class Watch:
     def track(self, work: dist.Work, kind: str, where: str) -> dist.Work:
         """Remember a collective, like ("all-reduce", "blocks.3.token"), until it is complete."""
         if self.on:
-            self.started = n = self.started + 1
-            self.names[n % NAMES] = kind, where
+            n = self.note(kind, where)
             if len(self.held) == HELD and self.held[0][2].is_completed():
                 self.complete = self.held.popleft()[0]
             if len(self.held) < HELD:
                 self.held.append((n, time.monotonic(), work))
         return work
+
+    def note(self, kind: str, where: str = "") -> int:
+        """Remember by name alone what begins now; its number."""
+        if self.on:
+            self.started += 1
+            self.names[self.started % NAMES] = kind, where
+        return self.started
 
     def step(self, step: int) -> None:
         """Step `step` begins."""
