@@ -8,11 +8,18 @@ start (B, T) bool, true where a document begins and the state is emptied. Comput
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepladder.ops.chunks import rows
+from stepladder.ops.kernels import runs
+
+try:
+    from stepladder.kernels import scan as kernels
+except ModuleNotFoundError:        # no triton: the torch form runs
+    kernels: Any = None
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor) -> None:
@@ -64,3 +71,78 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tenso
         before.append(passed[-1][:, n] * before[-1] + alone[-1][:, n])
     states = torch.stack(alone, 2) + torch.stack(passed, 2) * torch.stack(before, 1)[:, :-1].unsqueeze(2)
     return (states @ q.unsqueeze(-1)).squeeze(-1).flatten(1, 2)[:, :T], before[-1]
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor,
+        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The fastest form there is. The kernel reads v in dtype, the layer's, and computes in fp32."""
+    if v.shape[1] == 1:
+        return recurrent(q, k, v, dt, A, start, h)
+    if runs("scan", v, uncovered(v, A, dtype)):
+        return fused(q, k, v.to(dtype), dt, A, start, h)
+    return chunked(q, k, v, dt, A, start, h)
+
+
+def uncovered(v: Tensor, A: Tensor, dtype: torch.dtype) -> str | None:
+    """What the kernel has no answer to, if anything."""
+    said = {"a machine without triton": kernels is None, f"{dtype}": dtype == torch.float64,
+            f"states of {A.shape[1]} entries": A.shape[1] not in (4, 8, 16, 32), "a row of no tokens": v.shape[1] == 0}
+    return next((words for words, true in said.items() if true), None)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor,
+          segments: int = 0) -> tuple[Tensor, Tensor]:
+    """The same as a kernel: y in the dtype of v, h in fp32.
+
+    segments of a row are walked side by side, at the cost of walking twice; 0: where there are too few channels.
+    """
+    check(q, k, v, dt, A, start, h)
+    inputs = tuple(z.contiguous() for z in (q, k, v, dt, A, start, h.float()))
+    save = torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
+    return _forward(*inputs, save, segments)[:2]
+
+
+@torch.library.custom_op("stepladder::scan", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor, save: bool,
+             segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.forward(q, k, v, dt, A, start, h, save, segments)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor, save: bool,
+      segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, D = v.shape
+    states = v.new_empty(B, -(-T // kernels.CHUNK), A.shape[1], D) if save else v.new_empty(0)
+    return torch.empty_like(v), torch.empty_like(h), states
+
+
+@torch.library.custom_op("stepladder::scan_backward", mutates_args=())
+def _backward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, states: Tensor, dy: Tensor,
+              dh: Tensor, segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, dt, A (fp32) and h."""
+    return kernels.backward(q, k, v, dt, A, start, states, dy.contiguous(), dh.contiguous(), segments)
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, states: Tensor, dy: Tensor,
+      dh: Tensor, segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, ddt = (torch.empty_like(z) for z in (q, k, v, dt))
+    return dq, dk, dv, ddt, torch.empty_like(A, dtype=torch.float32), dh.new_empty(dh.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, h, _, ctx.segments = inputs
+    ctx.set_materialize_grads(False)        # the saved states' would be as large as they are
+    ctx.shape = h.shape
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, dt, A, start, states = ctx.saved_tensors
+    dy = torch.zeros_like(v) if dy is None else dy
+    dh = v.new_zeros(ctx.shape, dtype=torch.float32) if dh is None else dh
+    dq, dk, dv, ddt, dA, dh = _backward(q, k, v, dt, A, start, states, dy, dh, ctx.segments)
+    return dq, dk, dv, ddt, dA.to(A.dtype), None, dh, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -9,6 +9,7 @@ from stepladder.kernels import delta_backward as delta_backward_kernels
 from stepladder.kernels import gla as gla_kernels
 from stepladder.kernels import gla_backward as gla_backward_kernels
 from stepladder.kernels import norm as norm_kernels
+from stepladder.kernels import scan as scan_kernels
 from stepladder.kernels import ssd as ssd_kernels
 from stepladder.kernels import step as step_kernels
 
@@ -61,6 +62,15 @@ def ssd() -> None:
         g, doc, S = torch.empty(B, 4096, H), torch.empty(B, 4096, dtype=torch.int32), torch.empty(B, H, 128, V)
         states = ssd_kernels.forward(q, q, v, g, doc, S, True)[2]
         ssd_kernels.backward(q, q, v, g, doc, states, v, S)
+
+
+def scan() -> None:
+    """Mamba's 4096 channels of 16 entries; rows of few channels, of 32 entries, in segments."""
+    for T, D, N in ((64, 4096, 16), (512, 64, 32)):
+        q, v, dt, A = torch.empty(1, T, N), torch.empty(1, T, D, dtype=BF16), torch.empty(1, T, D), torch.empty(D, N)
+        start, h = torch.zeros(1, T).bool(), torch.empty(1, D, N)
+        states = scan_kernels.forward(q, q, v, dt, A, start, h, True)[2]
+        scan_kernels.backward(q, q, v, dt, A, start, states, v, h)
 
 
 def gla() -> None:

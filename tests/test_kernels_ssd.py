@@ -177,6 +177,7 @@ def test_gpu_kernels_are_captured_in_a_graph():
     x = large(SIZES[0], "at edges of chunks")
     want = outcome(ssd.fused, x)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
         ssd.fused(**x)
         stream.synchronize()

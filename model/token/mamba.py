@@ -83,8 +83,7 @@ class Mixer(Recurrent):
         dt, k, q = select.split([R, N, N], -1)
         dt = F.softplus(promote(linear(dt.to(x.dtype), self.wdt)) + self.dt_bias)      # (B, T, E)
         A = -self.A_log.exp().view(-1, N)
-        form = scan.recurrent if x.shape[1] == 1 else scan.chunked
-        y, h = form(q, k, v, dt, A, ctx.start, state.h)
+        y, h = scan.mix(q, k, v, dt, A, ctx.start, state.h, x.dtype)
         y = (y + self.skip * v) * F.silu(promote(z))
         return linear(y.to(x.dtype), self.wo), State(h, before)
 
