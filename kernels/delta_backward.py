@@ -22,10 +22,11 @@ REVERSE = {      # columns of the state, warps, stages
     128: [(32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2)],
     256: [(32, 8, 1), (32, 4, 2)],
 }
-GRADIENTS = {    # columns of keys and of values, warps, stages, registers a thread: 128 let two blocks of 8 warps run
+# By the larger size: columns of keys and of values, warps, stages, registers a thread. 128 let two blocks of 8 warps run.
+GRADIENTS = {
     64: [(32, 32, 8, 2, 128), (32, 32, 8, 2, None)],
     128: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None), (32, 64, 8, 1, 128), (64, 64, 8, 1, 128)],
-    256: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None)],
+    256: [(32, 32, 8, 2, 128), (32, 64, 8, 1, 128), (64, 64, 8, 2, None)],
 }
 
 
@@ -189,7 +190,7 @@ def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, 
     dq, dk = (q.new_empty(B, T, H, K, dtype=q.dtype if G == H else torch.float32) for _ in range(2))
     dbeta = torch.empty_like(beta)
     dg = beta.new_empty(0) if g is None else torch.empty_like(g)
-    BK, BV, warps, stages, registers = GRADIENTS[max(K, 64)][0]
+    BK, BV, warps, stages, registers = GRADIENTS[max(K, V, 64)][0]
     # Two trips at least: a loop of one is no loop, and its tiles are all held at once, in hundreds of spills.
     BK, BV = min(BK, K // 2), min(BV, V // 2)
     _gradients[NT, B * H](q, k, beta if g is None else g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg,
