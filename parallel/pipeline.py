@@ -24,6 +24,7 @@ from stepladder.model.residual import Ready, Stats, Stream
 from stepladder.ops.linear import Put, catch_up, put_off
 from stepladder.parallel.graph import Captured
 from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.watch import watch
 
 Schedule = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
 SCHEDULES = {"interleaved": ScheduleInterleaved1F1B, "zero-bubble": ScheduleZBVZeroBubble}
@@ -121,6 +122,24 @@ class _Timed(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """torch 2.11 has the two stages at the tip of a V, on one rank, greet each other; gloo cannot. Drop with it."""
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._noted("transfer of activations to", fwd_chunk_id, super().get_fwd_recv_ops)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._noted("transfer of activations from", fwd_chunk_id, super().get_fwd_send_ops)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._noted("transfer of gradients to", bwd_chunk_id, super().get_bwd_recv_ops)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._noted("transfer of gradients from", bwd_chunk_id, super().get_bwd_send_ops)
+
+    def _noted(self, what: str, micro: int, ops: Callable[[int], list[dist.P2POp]]) -> list[dist.P2POp]:
+        """What is transferred next, for the watchdog."""
+        if found := ops(micro):
+            watch.note(f"{what} stage {self.stage_index} of micro-batch {micro}")
+        return found
 
     def _tell(self, kind: str, micro: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         clock = self.pipe.clock

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from stepladder.model.config import ModelConfig
 from stepladder.model.decoder import Decoder, blocks
 from stepladder.model.leaf import Decl, declared
 from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.tensor import all_gather_single, reduce_scatter_single
+from stepladder.parallel.watch import watch
 
 
 def local(t: Tensor) -> Tensor:
@@ -69,12 +72,17 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
     home = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     dense_mesh = mesh.dense["replicate", "shard"] if mesh.layout.dp_replicate > 1 else mesh.data
 
+    names = {module: name for name, module in model.named_modules()}
+
     def apply(module: nn.Module, over: object, reshard: bool) -> None:
         fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored,  # pyright: ignore
                     shard_placement_fn=lambda p: Shard(dims[p]), offload_policy=home)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)               # sums, not means
         module.set_force_sum_reduction_for_comms(True)       # gloo has no scaled sums
+        where = names.get(module, "the model's ends")
+        module.set_custom_all_gather(_Noted(all_gather_single, f"all-gather of {where}'s weights"))  # pyright: ignore
+        module.set_custom_reduce_scatter(_Noted(reduce_scatter_single, f"reduce-scatter of {where}'s gradients"))  # pyright: ignore
 
     for block in blocks(model):
         experts = getattr(block.channel, "experts", None)
@@ -86,6 +94,21 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
     if dense >= least:
         apply(root, dense_mesh, False)
     return sharded
+
+
+class _Noted:
+    """FSDP's own collective, whose name the watchdog hears."""
+
+    def __init__(self, run: Callable[..., dist.Work | None], name: str) -> None:
+        self.run, self.name = run, name
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup,
+                 **options: Any) -> dist.Work | None:
+        watch.note(self.name)
+        return self.run(output_tensor, input_tensor, group=group, **options)
 
 
 def _dimension(shape: tuple[int, ...], taken: set[int | None], ranks: int) -> int | None:

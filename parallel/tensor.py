@@ -25,8 +25,8 @@ from stepladder.parallel.watch import watch
 
 Group = dist.ProcessGroup
 # torch 2.13 renames these two and warns of the old names.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Ranks:
@@ -46,7 +46,7 @@ class Ranks:
         if self.copies is not None:
             return Started(*self.copies[self.lanes.beside()].gather(x), _join)
         x, out = x.contiguous(), x.new_empty(self.n, *x.shape)
-        work = _all_gather_single(out.flatten(0, 1), x, group=self.group(), async_op=True)
+        work = all_gather_single(out.flatten(0, 1), x, group=self.group(), async_op=True)
         return Started(out, self._track(work, "all-gather"), _join, x)
 
     def scatter(self, y: Tensor) -> Started:
@@ -56,7 +56,7 @@ class Ranks:
             return Started(*self.copies[self.lanes.beside()].scatter(parts))
         parts = parts.contiguous()
         out = torch.empty_like(parts[0])
-        work = _reduce_scatter_single(out, parts.flatten(0, 1), group=self.group(), async_op=True)
+        work = reduce_scatter_single(out, parts.flatten(0, 1), group=self.group(), async_op=True)
         return Started(out, self._track(work, "reduce-scatter"), source=parts)
 
     def add_up(self, y: Tensor) -> Started:

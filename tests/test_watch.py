@@ -19,11 +19,13 @@ from typing import Any
 import corpora
 import pytest
 import ranks
+import tiny
 import torch
 import torch.distributed as dist
 
 from stepladder.data.loader import Batch, Loader
 from stepladder.launch import agree, cli, config, rules, world
+from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Ranks
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
@@ -112,6 +114,33 @@ def test_collectives_that_nobody_tracks_are_covered_by_the_step(tmp_path: Path) 
         assert ": rank 0 in step 2, parallel/checkpoint.py:" in said
         assert "; rank 1 in step 2\n" in said         # it sleeps in this file, not in the package's
     assert any("waited 3 s in step 2 without progress: rank 0" in said for code, said in found.values() if code == EXIT)
+
+
+def passes(rank: int, n: int, layout: Parallel, block: str) -> None:
+    """A step of a real model; rank 1 falls asleep in a block that it holds."""
+    mesh = Mesh(layout, CPU, rank, n)
+    parts = build(tiny.config(), mesh, seed=0)
+    if rank == 1:
+        (held,) = (b for decoder in parts.decoders for name, b in decoder.blocks.items() if name == block)
+        held.channel.register_forward_pre_hook(lambda *_: sleeps())
+    with watch.over(mesh, store(), LIMIT):
+        watch.step(1)
+        parts.pipe([tiny.micro(2, 8) for _ in range(4)])
+
+
+def test_a_hang_of_fsdp_names_whose_weights_are_waited_for(tmp_path: Path) -> None:
+    code, said = ends(2, passes, tmp_path, Parallel(), "1")[0]
+    assert code != 0                                  # it may see rank 1 end first, whose limit it is, too
+    assert "in step 1 " in said
+    assert " after the all-gather of blocks.2.token's weights: rank 1 (" in said
+    assert "never came, it is in step 1 after the all-gather of blocks.1.channel's weights" in said
+
+
+def test_a_hang_of_a_pipeline_names_stage_and_micro_batch(tmp_path: Path) -> None:
+    code, said = ends(2, passes, tmp_path, Parallel(pp=2), "2")[0]
+    assert code != 0
+    assert " after the transfer of gradients to stage 0 of micro-batch 0: " in said
+    assert "rank 1 in step 1 after the transfer of activations to stage 1 of micro-batch 0" in said
 
 
 def test_a_killed_rank_is_named_by_the_others(tmp_path: Path) -> None:
