@@ -22,7 +22,7 @@ REVERSE = {      # columns of the state, warps, stages
     128: [(32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2)],
     256: [(32, 8, 1), (32, 4, 2)],
 }
-# By the larger size: columns of keys and of values, warps, stages, registers a thread. 128 let two blocks of 8 warps run.
+# By the larger size: columns of keys and of values, warps, stages, registers a thread; 128 let two blocks run at once.
 GRADIENTS = {
     64: [(32, 32, 8, 2, 128), (32, 32, 8, 2, None)],
     128: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None), (32, 64, 8, 1, 128), (64, 64, 8, 1, 128)],
