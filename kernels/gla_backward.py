@@ -50,7 +50,8 @@ def gate(db, all):
     """dg: what decays by a gate is all that the state brings in or through, less db of the rows before it.
 
     db is q dq - k dk without a row's pair with itself, which no gate decays and which would leave its rounding errors;
-    over a chunk's pairs it sums up to zero, so rows before a gate say what rows after it do, and need no reverse scan.
+    over a chunk's pairs it sums up to zero, so rows before a gate say what rows after it do, and need no reverse scan;
+    made of the very factors that were multiplied, what should cancel does.
     """
     return all[None, :] - (tl.cumsum(db, 0) - db)
 
@@ -142,6 +143,7 @@ def slow_keys(q, k, v, g, doc, dy, S, dS, dq, dk, dg, scale, T, n, x,
         bdk = tl.where(d == last, bdk * tl.exp2(sums(i < j, bg, PARTS)), 0.0)
         bq, bk = rows_of(q, row, K, x, mine), rows_of(k, row, K, x, mine)
         carried *= tl.exp2(tl.sum(bg.to(tl.float32), 0) * LOG2E)
+        db = bq * bdq - bk * bdk
         all = tl.sum(bq * bdq, 0) + tl.where((d == before) & (d == last), carried, 0.0)
         size = tl.full([], C, tl.int32)
         while size > 1:
@@ -154,12 +156,13 @@ def slow_keys(q, k, v, g, doc, dy, S, dS, dq, dk, dg, scale, T, n, x,
             up = tl.exp2(tl.where(right[:, None], e, float("-inf")))
             down = tl.exp2(tl.where(left[:, None], -e, float("-inf")))
             of_q = tl.where(same & right[:, None] & left[None, :] & (i > j), dA, 0.0)
-            bdq += dot(of_q, (bk * down).to(dA.dtype)) * up
             of_k = tl.where(same & left[:, None] & right[None, :] & (i < j), dAt, 0.0)
-            bdk += dot(of_k, (bq * up).to(dA.dtype)) * down
+            qs, ks = (bq * up).to(dA.dtype), (bk * down).to(dA.dtype)
+            to_q, to_k = dot(of_q, ks), dot(of_k, qs)
+            bdq, bdk = bdq + to_q * up, bdk + to_k * down
+            db += qs * to_q - ks * to_k
             size = tl.where(whole, 0, size // 2)
         at = row[:, None] * K + x[None, :]
-        db = bq * bdq - bk * bdk
         tl.store(dq + at, (bdq + own[:, None] * bk).to(dq.dtype.element_ty), mask=mine[:, None])
         tl.store(dk + at, (bdk + own[:, None] * bq).to(dk.dtype.element_ty), mask=mine[:, None])
         tl.store(dg + at, gate(db, all).to(dg.dtype.element_ty), mask=mine[:, None])
