@@ -81,6 +81,41 @@ def delta(B: int, T: int, K: int, V: int, peer: bool, gated: bool = False) -> Ca
                  "GRADIENTS": (delta_backward.GRADIENTS, max(K, V))})
 
 
+def ssd(B: int, T: int, K: int, V: int, peer: bool, groups: int = HEADS) -> Case:
+    """Retention; with one group Mamba-2, whose peer is mamba-ssm: its steps are -g here, and its rates 1."""
+    from stepladder.kernels import ssd as kernels
+    from stepladder.ops import ssd as ops
+    start = torch.zeros(B, T, dtype=torch.bool, device="cuda")
+    inputs = {"q": randn(B, T, groups, K) * K**-0.5, "k": randn(B, T, groups, K), "v": randn(B, T, HEADS, V),
+              "g": F.logsigmoid(randn(B, T, HEADS, dtype=torch.float32)) / 16,
+              "S": randn(B, HEADS, K, V, dtype=torch.float32)}
+    theirs = None
+    if peer and groups == HEADS:
+        from fla.ops.simple_gla import chunk_simple_gla
+        theirs = lambda S, **x: chunk_simple_gla(**x, scale=1.0, initial_state=S, output_final_state=True)
+    elif peer:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
+        rates = -torch.ones(HEADS, device="cuda")
+        theirs = lambda q, k, v, g, S: scan(v, -g, rates, k, q, 256, initial_states=S.mT, return_final_states=True)
+    n, C, share, states = B * T * HEADS, 64, groups / HEADS, 2 * K * V / 64
+    return Case(inputs, lambda **x: ops.fused(**x, start=start), theirs,
+                (n * (4 * K * share + 4 * V + 4 + states), n * (8 * K * share + 6 * V + 8 + states)),
+                (n * (4 * K * V + 2 * C * (K * share + V)), n * (10 * K * V + C * (6 * K * share + 4 * V))),
+                {name: (vars(kernels)["HALF"], name) for name in kernels.HALF})
+
+
+def scan(B: int, T: int, K: int, V: int, peer: bool) -> Case:
+    """Mamba of 2 V channels a head, whatever K is; its floor is that of the special-function units."""
+    from stepladder.ops import scan as ops
+    D, N, start = 2 * V * HEADS, 16, torch.zeros(B, T, dtype=torch.bool, device="cuda")
+    inputs = {"q": randn(B, T, N, dtype=torch.float32), "k": randn(B, T, N, dtype=torch.float32), "v": randn(B, T, D),
+              "dt": F.softplus(randn(B, T, D, dtype=torch.float32) - 4), "h": randn(B, D, N, dtype=torch.float32),
+              "A": -torch.arange(1.0, N + 1, device="cuda").expand(D, N).contiguous()}
+    n, power = B * T * D, RATE / (132 * 16 * 1.755e9)       # of 2, in products
+    return Case(inputs, lambda **x: ops.fused(**x, start=start), None, (n * (8 + 2 * N / 8), n * (14 + 2 * N / 8)),
+                (n * N * power, n * 2 * N * power), {})
+
+
 def prologue(B: int, T: int, K: int, V: int, peer: bool) -> Case:
     from stepladder.ops import conv as ops
     sizes, W = [HEADS * K, HEADS * K, HEADS * V], 4
@@ -113,6 +148,7 @@ def epilogue(B: int, T: int, K: int, V: int, peer: bool) -> Case:
 
 FAMILIES: dict[str, Callable[[int, int, int, int, bool], Case]] = {
     "gla": gla, "delta": delta, "gated_delta": partial(delta, gated=True),
+    "retention": ssd, "mamba2": partial(ssd, groups=1), "scan": scan,
     "prologue": prologue, "epilogue": epilogue}
 
 
