@@ -76,8 +76,9 @@ class World:
         patience.start()
         store = self._store(together) if self.address else next(dist.rendezvous("env://", self.rank, self.size))[0]
         patience.cancel()
-        # torchrun's store outlives a restart of its workers: what they said before must not be taken for an answer.
-        return dist.PrefixStore(f"attempt/{self.attempt}", store)
+        # torchrun's store outlives its workers: what they said before a restart, or before their number changed, must
+        # not be taken for an answer.
+        return dist.PrefixStore(f"attempt/{self.attempt}/{self.size}", store)
 
     def _store(self, together: bool) -> dist.Store:
         """Rank 0 listens on the interface of its address; torch's own store would listen on all of them."""
