@@ -15,6 +15,8 @@ from torch import Tensor
 
 from stepladder.ops.chunks import rows
 from stepladder.ops.kernels import runs
+from stepladder.ops.step import scan as step
+from stepladder.ops.step import steps
 
 try:
     from stepladder.kernels import scan as kernels
@@ -76,6 +78,8 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tenso
 def mix(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor,
         dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The fastest form there is. The kernel reads v in dtype, the layer's, and computes in fp32."""
+    if steps(v, h, A.shape[1], q, k, dt, A):
+        return step(q, k, v, dt, A, start, h), h
     if v.shape[1] == 1:
         return recurrent(q, k, v, dt, A, start, h)
     if runs("scan", v, uncovered(v, A, dtype)):

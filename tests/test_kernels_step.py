@@ -163,18 +163,18 @@ def test_what_does_not_fit_a_state_is_refused() -> None:
                 scanned(made | {n: torch.cat([z, z], -1)})
 
 
-@pytest.mark.parametrize("kind", ["gla", "ssd", "delta"])
+@pytest.mark.parametrize("kind", ["gla", "ssd", "delta", "scan"])
 def test_mix_takes_one_token_by_a_step_and_gives_the_state_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    op, rest = {"gla": (gla, ()), "ssd": (ssd, (SINGLE,)), "delta": (delta, (SINGLE,))}[kind]
-    made = matrices(kind, 2, 2, 2, 8, 8)
+    op, rest = {"gla": (gla, ()), "ssd": (ssd, (SINGLE,)), "delta": (delta, (SINGLE,)), "scan": (scan, (SINGLE,))}[kind]
+    made = scan_inputs(2, 8, 4) if kind == "scan" else matrices(kind, 2, 2, 2, 8, 8)
     want = op.mix(*made.values(), *rest)
     monkeypatch.setattr(step, "runs", lambda family, z, *reasons: not any(reasons))
     got = op.mix(*made.values(), *rest)
-    assert got[1] is made["S"]
+    assert got[1] is [*made.values()][-1]
     agree(got, want, 1e-5)
 
 
-@pytest.mark.parametrize("token", ["gla0", "gated_delta1", "deltanet0", "mamba20", "retention1"])
+@pytest.mark.parametrize("token", ["gla0", "gated_delta1", "deltanet0", "mamba20", "retention1", "mamba0"])
 @torch.no_grad()
 def test_a_mixer_decodes_by_kernels_as_by_torch(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt, a token, one that begins a document, by prologue, step and epilogue; the state stays where it is."""
