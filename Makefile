@@ -6,7 +6,7 @@ QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 GPU_PYTHON ?= python3
 BARE := PYTHONPATH=.src PYTHONSAFEPATH=1 $(GPU_PYTHON)
 
-.PHONY: help venv demo test parity lint types gpu-test bench clean
+.PHONY: help venv demo test deepspeed-test parity lint types gpu-test bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: .venv/done  ## prepare, train, kill, resume, split over four processes and
 
 test: .venv/done  ## the whole CPU suite
 	$(QUIET) $(BIN)/python -m pytest -m "not gpu"
+
+deepspeed-test: .venv/done  ## DeepSpeed with weights and moments on a disk, $DISK (.): some minutes, once, to compile its reader
+	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=tests $(QUIET) $(BIN)/python tests/nvme.py $(DISK)
 
 parity: .venv/done  ## every model of the parity matrix on every layout, and its table into the README: a quarter of an hour
 	PYTHONPATH=tests $(QUIET) $(BIN)/python tests/parity.py

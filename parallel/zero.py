@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
@@ -43,6 +44,8 @@ def _deepspeed(mesh: Mesh) -> Any:
     """The package, without its chatter, and without the collectives in shared memory that it would compile for CPUs."""
     deepspeed = import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by the names that older versions of torch know them by.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if mesh.device.type == "cpu":
         import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -73,7 +76,7 @@ class Zero:
         if layout.zero < 3:                   # moments are found from the first step on; a resume wants them before
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         self._put(exact)                      # DeepSpeed made its masters of weights that were rounded
-        parts.pipe.forward, parts.pipe.backward = self.engine, partial(self.engine.backward, scale_wrt_gas=False)
+        parts.pipe.forward, parts.pipe.backward = self.engine, self.engine.backward
         parts.pipe.at_close = self.close
 
     def step(self, lr: float, steps: Tensor, verdict: Verdict) -> Tensor:
@@ -203,5 +206,5 @@ def _config(mesh: Mesh, half: bool, largest: int, folder: Path | None) -> dict[s
             zero["offload_param"] = home | {"buffer_size": largest + (1 << 20)}
     return {"train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False, "steps_per_print": None,
             "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": half, "check_grad_overflow": half}, "communication_data_type": "fp32",
+            "bf16": {"enabled": half}, "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": zero}

@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import corpora
 import pytest
 import ranks
+import test_resume
 import tiny
 import torch
 
@@ -37,25 +42,20 @@ class Run:
     """A few steps of a model on this rank's share of each batch."""
 
     def __init__(self, rank: int, n: int, parallel: Parallel, dtype: torch.dtype = torch.float32, **kw: Any):
-        warnings.filterwarnings("ignore", category=FutureWarning)         # DeepSpeed calls collectives by older names
         World(rank, n, rank).export(CPU)
         model = replace(tiny.config("every", "between", "mixed"), std=0.1)
         self.parts = build(model, Mesh(parallel, CPU, rank, n), seed=3, dtype=dtype, **kw)
         self.adam, self.at = Optimizer(self.parts, clip=0.5, weight_decay=0.3), 0
 
-    def steps(self, count: int, spoiled: int = -1) -> list[float]:
-        """The losses; the gradient of step `spoiled` is not finite."""
-        return [self.step(self.at == spoiled) for _ in range(count)]
+    def steps(self, count: int) -> list[float]:
+        return [self.step() for _ in range(count)]
 
-    def step(self, spoil: bool = False) -> float:
+    def step(self, after_backward: Callable[[], None] = lambda: None) -> float:
         mesh = self.parts.mesh
         micros = [tiny.micro(2, 24, seed=10 * self.at + i) for i in range(4)]
         result = self.parts.pipe(micros[mesh.dp_rank::mesh.dp])
+        after_backward()
         self.parts.sums()
-        if spoil and mesh.rank == 0:
-            grad = self.parts.decoder.get_parameter("norm.scale").grad
-            assert grad is not None
-            grad[0] = math.nan
         self.at += 1
         return float(self.adam.step(result, 1e-3).loss)
 
@@ -103,20 +103,25 @@ def test_masters_are_fp32_and_begin_unrounded() -> None:
     assert ranks.run(2, masters) == [[("zero1", False, []), ("zero2", True, []), ("zero3", True, [])]] * 2
 
 
-def spoiled(rank: int, n: int) -> list[list[str]]:
-    """What changed in a step whose gradient was not finite, in a part that DeepSpeed does not see."""
+def spoiled(rank: int, n: int) -> list[tuple[float, list[str]]]:
+    """How many steps were skipped, and what they changed, where one gradient that DeepSpeed does not see was not
+    finite, then all that it sees."""
     seen = []
-    for name in ("zero1 offload", "zero2", "zero3"):
-        run = Run(rank, n, ZERO[name])
+    for name, dtype in (("zero1 offload", torch.float32), ("zero2", torch.bfloat16), ("zero3", torch.bfloat16)):
+        run = Run(rank, n, ZERO[name], dtype)
+        ours, backward = run.adam.params, run.parts.pipe.backward
         run.steps(1)
         before = run.weights()
-        run.steps(1, spoiled=1)
-        seen.append([name for name, t in run.weights().items() if not torch.equal(t, before[name])])
+        run.step(lambda p=ours["norm.scale"]: p.grad[0].fill_(math.nan if rank == 0 else 0))
+        run.parts.pipe.backward = lambda loss, f=backward: f(loss * math.nan)
+        run.step(lambda ps=ours: [p.grad.zero_() for p in ps.values()])
+        after = run.weights()
+        seen.append((float(run.adam.skipped), [key for key, t in after.items() if not torch.equal(t, before[key])]))
     return seen
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
-    assert ranks.run(2, spoiled) == [[["optimizer/skipped", "optimizer/streak"]] * 3] * 2
+    assert ranks.run(2, spoiled) == [[(2, ["optimizer/skipped", "optimizer/streak"])] * 3] * 2
 
 
 def saved(run: Run, folder: Path) -> None:
@@ -174,6 +179,25 @@ def named(rank: int, n: int) -> None:
 
 def test_global_grad_norm_and_lazy_init_hp_params_optimizer_state_are_there() -> None:
     ranks.run(1, named)
+
+
+def test_train_is_the_same_command_under_deepspeeds_launcher(tmp_path: Path) -> None:
+    toml = tmp_path / "run.toml"
+    shards = corpora.corpus(tmp_path / "shards", corpora.texts(200))
+    toml.write_text(test_resume.RUN.replace("SHARDS", str(shards)).replace("WORKERS", "0").replace("1e-2", "1e-3"))
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port),
+         "--module", "stepladder.launch.cli", "train", str(toml), "--folder", str(tmp_path / "zero"), "train.steps=4",
+         "parallel.engine=deepspeed"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "dp2 zero3" in done.stdout
+    assert "told by DeepSpeed's launcher" in done.stdout
+    ranks.run(2, test_resume.lambda_train, toml, tmp_path / "fsdp", ("train.steps=4",))
+    got, want = ([r["loss"] for r in test_resume.records(tmp_path / run).values()] for run in ("zero", "fsdp"))
+    assert got == pytest.approx(want, rel=1e-5)
+    assert len(got) == 4
 
 
 def test_the_pieces_of_a_dimension_are_all_of_it() -> None:
