@@ -63,7 +63,7 @@ def decays(g, doc, b, h, c, T, H, C: tl.constexpr, GATED: tl.constexpr):
     return same.to(tl.float32), tl.where(mine == before, 1.0, -1.0), (mine == last).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])      # rows of any length run what one of them compiled
 def _inside(q, k, g, beta, doc, A, P, edges, T, H, G, K: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr,
             EVEN: tl.constexpr, LEVELS: tl.constexpr, INNER: tl.constexpr):
     c, bh = tl.program_id(0), tl.program_id(1)
@@ -118,7 +118,7 @@ def reach(edges, bh, begin, end, NT, C: tl.constexpr, SPAN: tl.constexpr, REVERS
     return begin + tl.max(tl.where(forgotten, c, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT", "length"])
 def _across(q, k, v, A, P, edges, before, y, w, states, after, T, NT, length, H, G, K: tl.constexpr,
             V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MAP: tl.constexpr, SAVE: tl.constexpr,
             EVEN: tl.constexpr, STAGES: tl.constexpr, SPAN: tl.constexpr):

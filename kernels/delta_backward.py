@@ -30,7 +30,7 @@ GRADIENTS = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT", "length"])
 def _reverse(q, k, A, P, edges, dy, after, dv, dstates, before, T, NT, length, H, G, K: tl.constexpr,
              V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MAP: tl.constexpr, EVEN: tl.constexpr,
              STAGES: tl.constexpr, SPAN: tl.constexpr):
@@ -96,7 +96,7 @@ def _product(x, z, ok, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg, dbeta, T, H, G, K: tl.constexpr,
                V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
                EVEN: tl.constexpr):
