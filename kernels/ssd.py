@@ -194,19 +194,19 @@ def _side(q, k, v, g, doc, dy, states, dstates, dz, dv, dg, c, b, group, part, p
     """
     r, tiles, heads = tl.arange(0, C), V // BV, H // G // parts
     first, valid, here, before, last = _chunk(doc, b, c, T, C)
-    at = (first * G + group) * K + _tile(C, K, G * K)
-    own = tl.load((q if QUERIES else k) + at, mask=valid[:, None], other=0.0)
-    A = dot(own, tl.trans(tl.load((k if QUERIES else q) + at, mask=valid[:, None], other=0.0)))
+    at, tile = (first * G + group) * K, _tile(C, K, G * K)
+    own = tl.load((q if QUERIES else k) + at + tile, mask=valid[:, None], other=0.0)
+    A = dot(own, tl.trans(tl.load((k if QUERIES else q) + at + tile, mask=valid[:, None], other=0.0)))
     mask = (here[:, None] == here[None, :]) & ((r[:, None] >= r[None, :]) if QUERIES else (r[:, None] <= r[None, :]))
     X, dZ = tl.zeros([C, C], tl.float32), tl.zeros([C, K], tl.float32)
     pairs, edges, kept = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
     for i in tl.range(0, heads * tiles, num_stages=STAGES, disable_licm=True):
         head, left, done = (group * parts + part) * heads + i // tiles, i % tiles * BV, i % tiles == tiles - 1
-        n, vat = first * H + head, left + _tile(C, BV, H * V)
-        m = ((b.to(tl.int64) * tl.cdiv(T, C) + c) * H + head) * K * V + left + _tile(K, BV, V)
-        ours = tl.load((dy if QUERIES else v) + n * V + vat, mask=valid[:, None], other=0.0)
-        theirs = tl.load((v if QUERIES else dy) + n * V + vat, mask=valid[:, None], other=0.0)
-        S = tl.load((states if QUERIES else dstates) + m)
+        n, vat = first * H + head, _tile(C, BV, H * V)
+        m = ((b.to(tl.int64) * tl.cdiv(T, C) + c) * H + head) * K * V + left
+        ours = tl.load((dy if QUERIES else v) + n * V + left + vat, mask=valid[:, None], other=0.0)
+        theirs = tl.load((v if QUERIES else dy) + n * V + left + vat, mask=valid[:, None], other=0.0)
+        S = tl.load((states if QUERIES else dstates) + m + _tile(K, BV, V))
         whole, rest, all_whole, all_rest = _sums(g + n, valid, C, H)
         if QUERIES:
             edge = _decay(here == before, whole, rest)
@@ -220,19 +220,19 @@ def _side(q, k, v, g, doc, dy, states, dstates, dz, dv, dg, c, b, group, part, p
         pairs += tl.sum(tl.where(r[:, None] == r[None, :], 0.0, dP * A), 1)
         edges += tl.sum(ours * near, 1)
         if QUERIES:
-            product = S.to(tl.float32) * tl.load(dstates + m).to(tl.float32)
+            product = S.to(tl.float32) * tl.load(dstates + m + _tile(K, BV, V)).to(tl.float32)
             kept += tl.sum(tl.sum(product, 1), 0) * _decay(last == before, all_whole, all_rest)
             dG = tl.cumsum(pairs + edges, 0, reverse=True) + kept
         else:
             dV = dot((A * D).to(theirs.dtype), theirs, near)
-            tl.store(dv + n * V + vat, dV.to(theirs.dtype), mask=valid[:, None])
+            tl.store(dv + n * V + left + vat, dV.to(theirs.dtype), mask=valid[:, None])
             dG = tl.cumsum(edges + pairs, 0) - (edges + pairs) - tl.sum(pairs, 0)
         tl.store(dg + n + r * H, dG, mask=valid & done)
         dZ = dot((ours * edge[:, None]).to(ours.dtype), tl.trans(S), dZ)
         pairs, edges, kept = tl.where(done, 0.0, pairs), tl.where(done, 0.0, edges), tl.where(done, 0.0, kept)
-    other = tl.load((k if QUERIES else q) + at, mask=valid[:, None], other=0.0)
-    to = dz + (part * tl.num_programs(1)).to(tl.int64) * T * G * K + at
-    tl.store(to, dot(X.to(other.dtype), other, dZ).to(dz.dtype.element_ty), mask=valid[:, None])
+    other = tl.load((k if QUERIES else q) + at + tile, mask=valid[:, None], other=0.0)
+    at += (part * tl.num_programs(1)).to(tl.int64) * T * G * K
+    tl.store(dz + at + tile, dot(X.to(other.dtype), other, dZ).to(dz.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit
