@@ -41,13 +41,20 @@ def missing() -> str | None:
 
 
 def _deepspeed(mesh: Mesh) -> Any:
-    """The package, without its chatter, and without the collectives in shared memory that it would compile for CPUs."""
+    """The package, without its chatter, and without the collectives in shared memory that it would compile for CPUs.
+
+    ValueError where it cannot read disks.
+    """
     deepspeed = import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls collectives by the names that older versions of torch know them by.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if mesh.device.type == "cpu":
         import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    builders = import_module("deepspeed.ops.op_builder")
+    if mesh.layout.nvme and not builders.AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(f'parallel.nvme = "{mesh.layout.nvme}" needs libaio, which DeepSpeed does not find to compile its '
+                         "reader with; apt install libaio-dev, or drop nvme: host memory does without")
     return deepspeed
 
 

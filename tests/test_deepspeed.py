@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import corpora
@@ -241,6 +242,14 @@ def test_what_deepspeed_cannot_do_is_refused(overrides: list[str], sentence: str
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero, "find_spec", lambda name: None)
     assert "pip install 'stepladder[deepspeed]'" in says("parallel.engine=deepspeed")
+
+
+def test_a_disk_that_cannot_be_read_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = SimpleNamespace(is_compatible=lambda verbose: False)
+    package = SimpleNamespace(AsyncIOBuilder=lambda: reader, __compatible_ops__={})
+    monkeypatch.setattr(zero, "import_module", lambda name: package)
+    with pytest.raises(ValueError, match=r'parallel.nvme = "/disk" needs libaio, .* apt install libaio-dev'):
+        zero._deepspeed(Mesh(replace(ZERO["zero3 offload"], nvme="/disk"), CPU))
 
 
 def test_export_says_where_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> None:
