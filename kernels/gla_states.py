@@ -54,6 +54,8 @@ def sweep_kernel(z, w, g, doc, S_in, saved, S_out, left, scale, T, chunks, SEGME
         S += tl.load(S_in + p.to(tl.int64) * K * V + at)
     through = tl.zeros([BK], tl.float32)                 # log2 of what a state keeps through the segment
     begin, end = segment * chunks, tl.minimum(segment * chunks + chunks, N)
+    if FROM_ZERO:                                        # no segment begins with what the last one makes
+        end = tl.where(segment == (0 if BACK else SEGMENTS - 1), begin, end)
     for step in range(begin, end):
         c = begin + end - 1 - step if BACK else step
         t = c * C + r

@@ -26,8 +26,22 @@ CHUNK = 64
 KEYS, VALUES = (16, 32, 64, 128), (16, 32, 64, 128, 256)        # head sizes that kernels have tiles for
 
 
+def check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) -> None:
+    """Raises ValueError for shapes that do not belong together, and for growing gates where looking costs no sync."""
+    B, T, H, K = q.shape
+    for name, z, shape in (("keys", k, q.shape), ("gates", g, q.shape), ("values", v, (B, T, H, v.shape[-1])),
+                           ("borders", start, (B, T)), ("the state", S, (B, H, K, v.shape[-1]))):
+        if z.shape != shape:
+            raise ValueError(f"{name} {(*z.shape,)} do not go with queries {(*q.shape,)} and values {(*v.shape,)}: "
+                             f"they need {(*shape,)}; a state is made by the begin() of the mixer that steps on it")
+    if not g.is_cuda and not torch.compiler.is_compiling() and bool((g > 0).any()):
+        raise ValueError(f"a gate is {float(g.max()):.3g} > 0: gates are log decays, and the state would grow without "
+                         "bound; take -softplus or logsigmoid of what is projected")
+
+
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, one token at a time. Every other form is tested against this one."""
+    check(q, k, v, g, start, S)
     out = []
     for t in range(q.shape[1]):
         S = torch.where(start[:, t, None, None, None], 0.0, S)
@@ -45,6 +59,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
     where the usual q exp(b) (k exp(-b))^T overflows (specs of the chunkwise form: arXiv:2312.06635 section 4).
     Document borders are masks, not large negative decays, so they cost no precision.
     """
+    check(q, k, v, g, start, S)
     B, T, H = q.shape[:3]
     V, C = v.shape[-1], min(chunk, 1 << max(T - 1, 1).bit_length())
     assert C & (C - 1) == 0, f"chunk {C} cannot be halved down to 1"
@@ -98,13 +113,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) ->
 def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, scale: float = 1.0,
           chunk: int = CHUNK, segment: int = 0, block: int = 0) -> tuple[Tensor, Tensor]:
     """The kernels, on scale * q: q, k, v of one dtype, S in fp32; the rest as kernels.gla.forward says."""
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    for name, z, shape in (("keys", k, q.shape), ("gates", g, q.shape), ("values", v, (B, T, H, V)),
-                           ("borders", start, (B, T)), ("the state", S, (B, H, K, V))):
-        if z.shape != shape:
-            raise ValueError(f"{name} {(*z.shape,)} do not go with queries {(*q.shape,)} and values {(*v.shape,)}; "
-                             f"they need {(*shape,)}")
+    check(q, k, v, g, start, S)
     if not (q.dtype == k.dtype == v.dtype) or S.dtype != torch.float32:
         raise ValueError(f"queries, keys, values and state are {q.dtype}, {k.dtype}, {v.dtype}, {S.dtype}; kernels "
                          "take the first three in one dtype, and the state in float32")

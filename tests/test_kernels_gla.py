@@ -63,16 +63,19 @@ def test_rows_of_any_length(T: int, poisoned: None) -> None:
     agree(kernel, definition, inputs(T, begins=[3], B=2, H=2), BAR[SINGLE])
 
 
-@pytest.mark.parametrize("gate", ["-0.1 to 0", "-5 to 0"])
-def test_channels_go_in_blocks_and_tiles(gate: str, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("steep", [1, 1000])
+def test_channels_go_in_blocks_and_tiles(steep: float, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the second block of channels alone is out of range, too."""
     for module, table in ((kernels, "FORWARD"), (gla_states, "SWEEP"), (gla_backward, "GRADS")):
         monkeypatch.setattr(module, table, ((16, *getattr(module, table)[0][1:]),))
-    agree(partial(kernel, block=16), definition, inputs(gate=gate, begins=[18], K=32, V=32), BAR[SINGLE])
+    x = inputs(begins=[18], K=32, V=32)
+    x["g"][..., 16:] *= steep
+    agree(partial(kernel, block=16), definition, x, BAR[SINGLE])
 
 
 @pytest.mark.parametrize("begins", [[], [0, 40]])
 def test_segments_of_a_row_are_the_row(begins: list[int], poisoned: None) -> None:
-    agree(partial(kernel, segment=3), definition, inputs(78, begins=begins), BAR[SINGLE])
+    agree(partial(kernel, segment=3), definition, inputs(78, "-5 to 0" if begins else "-0.1 to 0", begins), BAR[SINGLE])
 
 
 def test_gates_may_be_half_as_wide(poisoned: None) -> None:
@@ -126,14 +129,28 @@ def test_without_gradients_nothing_is_kept(poisoned: None) -> None:
 
 
 @pytest.mark.parametrize(("which", "change", "said"), [
+    ("g", lambda z: z - 2 * z.min(), r"a gate is .* > 0"),
     ("g", lambda z: z[:, :-1], r"gates \(1, 6, 1, 16\) do not go with queries \(1, 7, 1, 16\)"),
     ("start", lambda z: z[:, :-1], r"borders \(1, 6\) do not go"), ("k", lambda z: z[..., 1:], r"keys \(1, 7, 1, 15\)"),
-    ("S", lambda z: z[..., 1:], r"the state \(1, 1, 16, 15\) .* need \(1, 1, 16, 16\)"),
-    ("v", lambda z: z.double(), r"are torch.float32, torch.float32, torch.float64")])
+    ("S", lambda z: z[..., 1:], r"the state \(1, 1, 16, 15\) .* need \(1, 1, 16, 16\); a state is made by the begin")])
 def test_what_does_not_belong_together_is_refused(which: str, change: Callable[[Tensor], Tensor], said: str) -> None:
     x = inputs(7)
-    with pytest.raises(ValueError, match=said):
-        kernel(**x | {which: change(x[which])})
+    for form in (gla.recurrent, gla.chunked, gla.fused):
+        with pytest.raises(ValueError, match=said):
+            form(**x | {which: change(x[which])})
+
+
+def test_kernels_refuse_mixed_types() -> None:
+    x = inputs(7)
+    with pytest.raises(ValueError, match=r"are torch.float32, torch.float32, torch.float64, torch.float32; kernels"):
+        gla.fused(**x | {"v": x["v"].double()})
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_mixing_scales_queries_whichever_form_runs(takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gla, "runs", lambda *_: takes)
+    x = inputs(18, begins=[3])
+    agree(gla.mix, lambda q, **rest: gla.recurrent(q * 16**-0.5, **rest), x, BAR[SINGLE])
 
 
 def test_every_launch_compiles_for_hopper_within_its_registers(tmp_path: Path) -> None:
