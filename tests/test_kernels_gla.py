@@ -102,6 +102,15 @@ def test_nan_stays_in_the_rest_of_its_document(which: str, poisoned: None) -> No
     assert got["dS"].isfinite().all()
 
 
+def test_nan_is_cut_off_by_a_border_in_a_later_segment(poisoned: None) -> None:
+    x = inputs(78, begins=[40])
+    x["v"][0, 5, 0, 0] = torch.nan
+    got = outcome(partial(kernel, segment=3), x)
+    assert got["y"][0, 5:40].isnan().any(-1).all()
+    assert all(got[n][0, 40:].isfinite().all() for n in ("y", "dq", "dk", "dv", "dg"))
+    assert got["S"].isfinite().all()
+
+
 def test_nan_reaches_the_state_and_what_comes_later(poisoned: None) -> None:
     x = inputs(40)
     x["v"][0, 20] = torch.nan
