@@ -80,7 +80,7 @@ class World:
         # not be taken for an answer.
         return dist.PrefixStore(f"attempt/{self.attempt}/{self.size}", store)
 
-    def _store(self, together: bool) -> dist.Store:
+    def _store(self, together: bool = True) -> dist.Store:
         """Rank 0 listens on the interface of its address; torch's own store would listen on all of them."""
         host, _, port = self.address.rpartition(":")
         if not self.main:
