@@ -53,8 +53,8 @@ def _deepspeed(mesh: Mesh) -> Any:
         import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     builders = import_module("deepspeed.ops.op_builder")
     if mesh.layout.nvme and not builders.AsyncIOBuilder().is_compatible(verbose=False):
-        raise ValueError(f'parallel.nvme = "{mesh.layout.nvme}" needs libaio, which DeepSpeed does not find to compile its '
-                         "reader with; apt install libaio-dev, or drop nvme: host memory does without")
+        raise ValueError(f'parallel.nvme = "{mesh.layout.nvme}" needs libaio, which DeepSpeed does not find to compile '
+                         "its reader with; apt install libaio-dev, or drop nvme: host memory does without")
     return deepspeed
 
 
