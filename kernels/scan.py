@@ -63,7 +63,7 @@ def _over_channels(x):
     return tl.sum(tl.sum(x, 1, keep_dims=True), 3, keep_dims=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "per"])      # rows of any length run what one of them compiled
 def _forward(q, k, v, dt, A, start, h0, ends, spans, y, states, h1, T, D, per,
              N: tl.constexpr, C: tl.constexpr, SAVE: tl.constexpr, ENDS: tl.constexpr):
     """A segment of `per` chunks. ENDS: from nothing, for its last state and its time alone."""
@@ -77,7 +77,7 @@ def _forward(q, k, v, dt, A, start, h0, ends, spans, y, states, h1, T, D, per,
         for m in range(s):
             h = _fold(h, ends, spans, b * segments + m, d, tile, rate, D, N)
     for c in range(s * per, tl.minimum(s * per + per, chunks)):
-        if SAVE and not ENDS:
+        if SAVE:
             tl.store(states + ((b * chunks + c) * N + n) * D + d, h, mask=live)
         for i in tl.static_range(C):
             row, valid = b * T + c * C + i, c * C + i < T
@@ -95,7 +95,7 @@ def _forward(q, k, v, dt, A, start, h0, ends, spans, y, states, h1, T, D, per,
         tl.store(h1 + b * D * N + tile, h, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "per"])
 def _backward_ends(q, dt, A, start, dy, ends, spans, T, D, per, N: tl.constexpr):
     """A segment of `per` tokens: the gradient of the state before it, were there no tokens after it; and its time."""
     b, s, segments = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
@@ -113,7 +113,7 @@ def _backward_ends(q, dt, A, start, dy, ends, spans, T, D, per, N: tl.constexpr)
     tl.store(spans + mine * D + d, span, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "per"])
 def _backward(q, k, v, dt, A, start, states, dy, dh1, ends, spans, dq, dk, dv, ddt, dA, dh0, T, D, per,
               N: tl.constexpr, C: tl.constexpr):
     """A segment of `per` tokens from the last to the first, each piece's states formed again from those saved.
@@ -186,7 +186,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tenso
     ends, spans = h.new_empty(B, segments, D, N), h.new_empty(B, segments, D)
     for alone in ((True, False) if segments > 1 else (False,)):
         _forward[blocks, B, segments](q, k, v, dt, A, start.view(torch.uint8), h, ends, spans, y, states, h1, T, D, per,
-                                      N, CHUNK, save, alone, num_warps=1)
+                                      N, CHUNK, save and not alone, alone, num_warps=1)
     return y, h1, states
 
 

@@ -95,7 +95,7 @@ def _walk(S, A, bq, bk, v, g, y, states, valid, here, before, last, H: tl.conste
     return dot(tl.trans(bk), (bv * until[:, None]).to(bk.dtype), S * keep), keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "per"])      # rows of any length run what one of them compiled
 def _forward(q, k, v, g, doc, S0, ends, decays, y, states, S1, T, per, G: tl.constexpr, H: tl.constexpr,
              K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr,
              SAVE: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr):
@@ -143,7 +143,7 @@ def _forward(q, k, v, g, doc, S0, ends, decays, y, states, S1, T, per, G: tl.con
             tl.store(S1 + mine + K * V + tile, S2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "per"])
 def _reverse(q, g, doc, dy, dS1, ends, decays, dstates, dS0, T, per, G: tl.constexpr, H: tl.constexpr,
              K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr,
              STAGES: tl.constexpr):
@@ -235,7 +235,7 @@ def _side(q, k, v, g, doc, dy, states, dstates, dz, dv, dg, c, b, group, part, p
     tl.store(dz + at + tile, dot(X.to(other.dtype), other, dZ).to(dz.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "parts"])
 def _gradients(q, k, v, g, doc, dy, states, dstates, dq, dk, dv, dg, dg2, parts, T, G: tl.constexpr, H: tl.constexpr,
                K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr):
     """Two neighbouring blocks share what they read by the second-level cache; one block for both would spill."""
@@ -276,7 +276,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, 
     ends, decays = S.new_empty(B, segments, H, K, V), S.new_empty(B, segments, H)
     for alone in ((True, False) if segments > 1 else (False,)):
         _forward[blocks, B, segments](q, k, v, g, doc, S, ends, decays, y, states, S1, T, per, G, H, K, V, chunk, BV,
-                                      two, save, alone, stages, num_warps=warps)
+                                      two, save and not alone, alone, stages, num_warps=warps)
     return y, S1, states
 
 
