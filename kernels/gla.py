@@ -180,8 +180,8 @@ def forward_kernel(q, k, v, g, doc, S_in, y, saved, slow, S_out, scale, T, chunk
 @triton.jit
 def any_slow(slow, total, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """Whether a program has work: every num_programs-th of `total` pieces, PARTS of them for each chunk of a head."""
-    all = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, WIDTH)
-    return tl.max(tl.load(slow + all // PARTS, mask=all < total, other=0).to(tl.int32)) > 0
+    pieces = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, WIDTH)
+    return tl.max(tl.load(slow + pieces // PARTS, mask=pieces < total, other=0).to(tl.int32)) > 0
 
 
 @triton.jit

@@ -4,7 +4,7 @@ With e the decay from the chunk's middle row (gla.py), S the state before the ch
 after it, dA = tril(dy v^T) and P = tril(q k^T, decayed):
     dq = 2^e (dA k 2^-e + dy S^T 2^left)    dk = 2^-e (dA^T q 2^e + v dS^T 2^right)    dv = P^T dy + k 2^(right - e) dS
 gate() makes dg of q dq, k dk and what passes through the chunk.
-Transposed products are formed anew. Chunks that were slow forward are slow here, in a kernel of their own.
+Transposed products are formed anew. Chunks that were slow forward are slow here, in kernels of their own.
 """
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def through(v, dy, S, dS, row, x, seen, coming, V: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
-def gate(db, all):
-    """dg: what decays by a gate is all that the state brings in or through, less db of the rows before it.
+def gate(db, held):
+    """dg: what decays by a gate is `held`, all that the state brings in or through, less db of the rows before it.
 
     db is q dq - k dk without a row's pair with itself, which no gate decays and which would leave its rounding errors;
     over a chunk's pairs it sums up to zero, so rows before a gate say what rows after it do, and need no reverse scan;
     made of the very factors that were multiplied, what should cancel does.
     """
-    return all[None, :] - (tl.cumsum(db, 0) - db)
+    return held[None, :] - (tl.cumsum(db, 0) - db)
 
 
 @triton.jit
@@ -70,13 +70,13 @@ def block(q, k, v, g, dy, S, dS, dq, dk, dg, row, x, seen, coming, dA, dAt, own,
     P = dot(ks, tl.trans(qs), P)
     bdq, bdk, carried = through(v, dy, S, dS, row, x, seen, coming, V, C, BK, BV)
     bdq *= (tl.exp2(left) * scale)[None, :]
-    all = tl.sum(qs * bdq, 0) + carried * tl.exp2(left + right)
+    held = tl.sum(qs * bdq, 0) + carried * tl.exp2(left + right)
     bdq = dot(dA, ks, bdq)
     bdk = dot(dAt, qs, bdk * tl.exp2(right)[None, :])
     at = row[:, None] * K + x[None, :]
     tl.store(dq + at, (bdq * up + own[:, None] * bk).to(dq.dtype.element_ty), mask=seen[:, None])
     tl.store(dk + at, (bdk * down + own[:, None] * bq).to(dk.dtype.element_ty), mask=seen[:, None])
-    tl.store(dg + at, gate(qs * bdq - ks * bdk, all).to(dg.dtype.element_ty), mask=seen[:, None])
+    tl.store(dg + at, gate(qs * bdq - ks * bdk, held).to(dg.dtype.element_ty), mask=seen[:, None])
     return P, (ks * tl.exp2(right)[None, :]).to(dA.dtype)
 
 
@@ -144,7 +144,7 @@ def slow_keys(q, k, v, g, doc, dy, S, dS, dq, dk, dg, scale, T, n, x,
         bq, bk = rows_of(q, row, K, x, mine), rows_of(k, row, K, x, mine)
         carried *= tl.exp2(tl.sum(bg.to(tl.float32), 0) * LOG2E)
         db = bq * bdq - bk * bdk
-        all = tl.sum(bq * bdq, 0) + tl.where((d == before) & (d == last), carried, 0.0)
+        held = tl.sum(bq * bdq, 0) + tl.where((d == before) & (d == last), carried, 0.0)
         size = tl.full([], C, tl.int32)
         while size > 1:
             here = r // size * size + size // 2
@@ -165,7 +165,7 @@ def slow_keys(q, k, v, g, doc, dy, S, dS, dq, dk, dg, scale, T, n, x,
         at = row[:, None] * K + x[None, :]
         tl.store(dq + at, (bdq + own[:, None] * bk).to(dq.dtype.element_ty), mask=mine[:, None])
         tl.store(dk + at, (bdk + own[:, None] * bq).to(dk.dtype.element_ty), mask=mine[:, None])
-        tl.store(dg + at, gate(db, all).to(dg.dtype.element_ty), mask=mine[:, None])
+        tl.store(dg + at, gate(db, held).to(dg.dtype.element_ty), mask=mine[:, None])
 
 
 @triton.jit
