@@ -92,11 +92,12 @@ class Watch:
         own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # the main thread may wait in the other
         self.store = dist.PrefixStore(f"watch/{self.runs}", own)
         self.store.set_timeout(timedelta(seconds=max(10.0, self.pause)))
-        self.ended = threading.Event()
+        self.ended, self.heard = threading.Event(), time.monotonic()
         self.on, self.leaving, self.rests = True, False, False
         self._say()
         self.thread = threading.Thread(target=self._follow, name="watch", daemon=True)
         self.thread.start()
+        threading.Thread(target=self._guard, args=(self.ended,), name="guard", daemon=True).start()
 
     def stop(self, why: str, alarm: bool = True) -> None:
         """Leave, and say why to those that may come to wait for this rank. alarm: they will wait in vain."""
@@ -146,6 +147,7 @@ class Watch:
         seen, moved = None, time.monotonic()
         while not self.ended.wait(self.pause):
             waits, time_ = self._oldest(), time.monotonic()
+            self.heard = time_
             state = self.now, self.started, waits and waits[0]
             if state != seen or self.rests:
                 seen, moved = state, time_
@@ -161,6 +163,13 @@ class Watch:
                 if waited > self.limit:
                     self._end(f"nor is there a word from the store, at rank 0 or its launcher: {error}", waited)
 
+    def _guard(self, ended: threading.Event) -> None:
+        """Where the network is cut the store neither answers nor fails: then the thread that asks it hangs as well."""
+        while not ended.wait(self.pause):
+            silent = time.monotonic() - self.heard
+            if silent > self.limit + max(10.0, LISTEN * self.pause) and not self.rests:
+                self._end("the store, at rank 0 or its launcher, does not answer", silent)
+
     def _end(self, cause: str, waited: float) -> None:
         waits, me = self._oldest(), self._rank(self.mesh.rank)
         what = f"for {self._range(waits[0])}" if waits else f"without progress{self._last()}"
@@ -168,10 +177,10 @@ class Watch:
             return
         why = f"{me} waited {waited:.0f} s in step {self.now} {what}: {cause}"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"stepladder: {why}\n".encode())
-        self._leave(cause)
-        telling = threading.Thread(target=self.tell, args=(why,), daemon=True)
-        telling.start()
-        telling.join(TELL)                     # the disk may be what hangs
+        for say, words in ((self._leave, cause), (self.tell, why)):
+            saying = threading.Thread(target=say, args=(words,), daemon=True)
+            saying.start()
+            saying.join(TELL)                  # the network, or the disk, may be what hangs
         os._exit(EXIT)
 
     def _leave(self, why: str, alarm: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Jobs on a real Slurm cluster: slurm/train.sbatch starts, stops and restarts runs as it says."""
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import ranks
 from test_resume import RUN, lambda_train, records
 
 from stepladder.launch import cli, events, slurm
+from stepladder.parallel.watch import EXIT
 
 needs_slurm = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())
 
@@ -238,3 +240,35 @@ def test_a_disturbed_job_has_the_losses_of_an_undisturbed_run(nodes, undisturbed
         assert ", code 0: requeued" in (tmp_path / "log").read_text()
     if start == "srun":
         assert re.search(r"rank 1 \(.*\) has been silent for \d+ s", happened[1]["error"])
+
+
+def apart(nodes: cluster.Cluster, undisturbed: Path, run: Path, cut: bool) -> list[int]:
+    """Two ranks, each within the network of a node of its own; `cut` takes one node's cable out after a checkpoint."""
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500",
+              "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen(
+        [*nodes._within(f"n{rank + 1}"), sys.executable, "-m", "stepladder.launch.cli", "train",
+         str(undisturbed / "run.toml"), "--folder", str(run), "train.collective_minutes=0.1"],
+        env={**shared, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for rank in range(2)]
+    try:
+        if cut:
+            nodes._wait("a checkpoint", lambda: any(run.glob("checkpoints/step-????????")), 90)
+            nodes._ip("-n ctl link set v2 down")
+        return [p.wait(90) for p in processes]
+    finally:
+        nodes._ip("-n ctl link set v2 up")
+        for p in processes:
+            p.kill()
+            p.wait()
+
+
+@needs_slurm
+def test_ranks_whose_network_is_cut_end_and_go_on_when_it_is_back(nodes, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    assert apart(nodes, undisturbed, run, cut=True) == [EXIT, EXIT]
+    (fault,) = [e for e in events.read(run) if e["event"] == "fault"]
+    assert re.search(r"rank 1 \(.*\) has been silent for \d+ s|the store, at rank 0", fault["error"])
+    assert (run / "unfinished").exists()
+    assert apart(nodes, undisturbed, run, cut=False) == [0, 0]
+    ours, theirs = records(run), records(undisturbed / "run")
+    assert [ours[s]["loss"] for s in range(1, STEPS + 1)] == [theirs[s]["loss"] for s in range(1, STEPS + 1)]
