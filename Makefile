@@ -6,7 +6,7 @@ QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 GPU_PYTHON ?= python3
 BARE := PYTHONPATH=.src PYTHONSAFEPATH=1 $(GPU_PYTHON)
 
-.PHONY: help venv demo test deepspeed-test parity lint types gpu-test bench clean
+.PHONY: help venv demo test deepspeed-test parity soak lint types gpu-test bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ deepspeed-test: .venv/done  ## DeepSpeed with weights and moments on a disk, $DI
 
 parity: .venv/done  ## every model of the parity matrix on every layout, and its table into the README: a quarter of an hour
 	PYTHONPATH=tests $(QUIET) $(BIN)/python tests/parity.py
+
+soak: .venv/done  ## 50 kills at random moments of a run of four processes; its losses must be those of an undisturbed one
+	$(BIN)/python tests/soak.py
 
 lint: .venv/done  ## ruff
 	$(BIN)/ruff check
