@@ -118,7 +118,7 @@ def test_n_ranks_equal_one_rank(name: str) -> None:
 def test_the_selection_covers_every_pair() -> None:
     run = [(name, *cell) for name, few in matrix.suite().items() for cell in few]
     every = [(name, *cell) for name in matrix.suite() for cell in matrix.allowed(name)]
-    assert {name(f) for f in LAYOUTS if f} <= set(matrix.LAYOUTS)
+    assert {name(f) for f in LAYOUTS if f - {"zero"}} <= set(matrix.LAYOUTS)        # DeepSpeed: test_deepspeed.py
     for a, b in combinations(range(4), 2):
         assert {(c[a], c[b]) for c in run} == {(c[a], c[b]) for c in every}
     assert {c[1] for c in every} == {*tiny.CROSSED}

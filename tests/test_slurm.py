@@ -171,12 +171,15 @@ def test_a_job_that_lost_a_node_goes_on_with_as_many_as_are_left_and_fit(nodes, 
     nodes._wait("the tasks", (tmp_path / "run" / "nodes-0").exists, 20)
     assert (tmp_path / "run" / "nodes-0").read_text() == "n[1-3]\n"
     nodes.off("n3")
-    nodes.call("scontrol", "update", "nodename=n3", "state=down", "reason=off")        # what Slurm finds out by itself
+    # What Slurm finds out by itself; drained besides, for an answer still under way would bring the node back.
+    for state in ("down", "drain"):
+        nodes.call("scontrol", "update", "nodename=n3", f"state={state}", "reason=off")
     (tmp_path / "run" / "lost").touch()
     try:
         nodes.wait(number, "COMPLETED", 40, restarts=1)
     finally:
         nodes.on("n3")
+        nodes.call("scontrol", "update", "nodename=n3", "state=resume")
         nodes._wait("n3", lambda: "n3" in nodes.call("sinfo", "-h", "-N", "-t", "idle"))
     assert (tmp_path / "run" / "nodes-1").read_text() == f"{then}\n"
     assert ("training on 1 of 2 nodes" in (tmp_path / "log").read_text()) is bool(fit)
