@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -71,9 +74,23 @@ def agree(fast: Callable[..., Any], definition: Callable[..., Any], inputs: dict
     assert not bad, f"beyond {bars or ''} {bar}: {bad}"
 
 
-def compiled(family: str, cache: Path) -> list[dict[str, Any]]:
-    """What tests/aot.py says of each launch in the family's case; in a process that does not interpret."""
-    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, AOT, family], env=env, capture_output=True, text=True, timeout=240)
+_compiler = ThreadPoolExecutor(1)
+
+
+@cache
+def compiling(family: str) -> Future[list[dict[str, Any]]]:
+    """Begins to compile a family's cases, beside tests that interpret and leave the second core idle."""
+    return _compiler.submit(_compile, family)
+
+
+def _compile(family: str) -> list[dict[str, Any]]:
+    with TemporaryDirectory() as folder:
+        env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": folder}
+        done = subprocess.run([sys.executable, AOT, family], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compiled(family: str) -> list[dict[str, Any]]:
+    """What tests/aot.py says of each launch in the family's case; in a process that does not interpret."""
+    return compiling(family).result(240)
