@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepladder.kernels.tiles import cdiv, power
+
 TILE = 4096                  # elements; a quarter of it where sums over tokens are held besides
 SEGMENT = 128                # tokens that a program adds up before its sums go to memory: 1/20 of the bytes of a pass
 
@@ -151,16 +153,6 @@ def _mirrored(dc, w, start, dafter, dx, dbefore, T, C, W: tl.constexpr, BT: tl.c
         tl.store(dbefore + rows, total.to(dbefore.dtype.element_ty), mask=((t < 0) & (t > -W))[:, None] & ok)
 
 
-def cover(n: int, tile: int) -> int:
-    """Tiles that cover n."""
-    return -(-n // tile)
-
-
-def power(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
 def block(sizes: list[int], lengths: list[float], head: int) -> int:
     """Channels of a tile, which is of one part: a head where some are brought to a length, to see it whole."""
     if any(lengths):
@@ -184,7 +176,7 @@ def forward(x: Tensor, w: Tensor, bias: Tensor | None, start: Tensor, before: Te
     (B, T, C), W = x.shape, w.shape[1]
     parts, after, BC = [x.new_empty(B, T, n) for n in sizes], x.new_empty(B, W - 1, C), block(sizes, lengths, head)
     BT, (ys, ends, wanted) = min(TILE // BC, power(T + W - 1)), three(parts, sizes, lengths)
-    _forward[(cover(C, BC), cover(T + W - 1, BT), B)](
+    _forward[(cdiv(C, BC), cdiv(T + W - 1, BT), B)](
         x, w, bias, start.view(torch.uint8), before, *ys, after, T, C, *ends, *wanted, eps, W=W, BIAS=bias is not None,
         BT=BT, BC=BC)
     return [*parts, after]
@@ -198,12 +190,13 @@ def backward(x: Tensor, w: Tensor, bias: Tensor | None, start: Tensor, before: T
     dc, dx, dbefore = torch.empty_like(x), torch.empty_like(x), torch.empty_like(before)
     BC, (dys, ends, wanted) = block(sizes, lengths, head), three(dparts, sizes, lengths)
     BT, start = min(TILE // 4 // BC, power(T)), start.view(torch.uint8)
-    tiles = cover(min(SEGMENT, T), BT)
-    segments = cover(T, tiles * BT)
+    tiles = cdiv(min(SEGMENT, T), BT)
+    segments = cdiv(T, tiles * BT)
     partial = x.new_empty(B * segments, W + 1, C, dtype=torch.float32)
-    _slopes[(cover(C, BC), segments, B)](
+    _slopes[(cdiv(C, BC), segments, B)](
         x, w, bias, start, before, *dys, dc, partial, T, C, *ends, *wanted, eps, tiles, W=W, BIAS=bias is not None,
         BT=BT, BC=BC)
     BT = min(TILE // BC, power(T + W - 1))
-    _mirrored[(cover(C, BC), cover(T + W - 1, BT), B)](dc, w, start, dafter, dx, dbefore, T, C, W=W, BT=BT, BC=BC)
+    _mirrored[(cdiv(C, BC), cdiv(T + W - 1, BT), B)](
+        dc, w, start, dafter, dx, dbefore, T, C, W=W, BT=BT, BC=BC)
     return dx, partial[:, :W].sum(0).t().contiguous(), partial[:, W].sum(0), dbefore

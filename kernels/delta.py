@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.tiles import LOG2E, dot, processors
+from stepladder.kernels.tiles import LOG2E, cdiv, dot, power, processors
 
 # Columns of the state, warps, stages, by the size of keys; the first is taken, the others are what a bench may try.
 ACROSS = {
@@ -173,10 +173,10 @@ def segment(v: Tensor, K: int, gated: bool, chunk: int) -> int:
     What a segment does to the state before it costs as much as its outputs, unless gates let it forget that state.
     """
     B, T, H, V = v.shape
-    NT, tiles = -(-T // chunk), B * H * V // fit(ACROSS, K, V)[0]
+    NT, tiles = cdiv(T, chunk), B * H * V // fit(ACROSS, K, V)[0]
     if tiles >= processors(v) // (1 if gated else 2):
         return NT
-    return max(8, -(-NT * tiles // (2 * processors(v))))
+    return max(8, cdiv(NT * tiles, 2 * processors(v)))
 
 
 class Forward(NamedTuple):
@@ -196,20 +196,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc
     int32 documents begun so far, S (B, H, K, V) fp32, all contiguous. Without save, w and states are empty. Segments of
     `length` chunks run side by side; maps are empty where there is one."""
     B, T, H, V = v.shape
-    G, K, NT, C, even = q.shape[2], q.shape[3], triton.cdiv(T, chunk), chunk, T % chunk == 0
+    G, K, NT, C, even = q.shape[2], q.shape[3], cdiv(T, chunk), chunk, T % chunk == 0
     A, P = q.new_empty(B, H, NT, C, C), q.new_empty(B, H, NT, C, C)
     edges, y = S.new_empty(2, B, H, NT, C), torch.empty_like(v)
     w, states = (torch.empty_like(v), q.new_empty(B, H, NT, K, V)) if save else (v.new_empty(0), v.new_empty(0))
     _inside[NT, B * H](q, k, beta if g is None else g, beta, doc, A, P, edges, T, H, G, K, C, g is not None, even,
                        C.bit_length() - 1, tl.float32 if q.dtype == torch.float32 else tl.float16, num_warps=4)
     BV, warps, stages = fit(ACROSS, K, V)
-    segments = triton.cdiv(NT, length)
+    segments = cdiv(NT, length)
     common = (T, NT, length, H, G, K, V, C, BV)
     before, maps = S, S.new_empty(0)
     if segments > 1:
         made = S.new_empty(B, H, segments, K, V + K)
         _across[(V + K) // BV, B * H, segments](q, k, v, A, P, edges, S, y, w, states, made, *common, True, False, even,
-                                                stages, triton.next_power_of_2(length), num_warps=warps)
+                                                stages, power(length), num_warps=warps)
         adds, maps = made[..., :V], made[..., V:].contiguous()
         starts = [S]
         for i in range(segments - 1):

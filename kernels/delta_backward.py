@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepladder.kernels.delta import decays, edges_of, fit, reach
-from stepladder.kernels.tiles import dot
+from stepladder.kernels.tiles import cdiv, dot, power
 
 # By the size of keys; the first is taken, the others are what a bench may try.
 REVERSE = {      # columns of the state, warps, stages
@@ -172,13 +172,13 @@ def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, 
     (B, T, H, V), (G, K), (NT, C) = dy.shape, q.shape[2:], A.shape[2:4]
     dv, dstates, even = torch.empty_like(dy), torch.empty_like(states), T % C == 0
     BV, warps, stages = fit(REVERSE, K, V)
-    segments = triton.cdiv(NT, length)
+    segments = cdiv(NT, length)
     common = (T, NT, length, H, G, K, V, C, BV)
     after = dS
     if segments > 1:
         adds = dS.new_empty(B, H, segments, K, V)
         _reverse[V // BV, B * H, segments](q, k, A, P, edges, dy, dS, dv, dstates, adds, *common, True, even, stages,
-                                           triton.next_power_of_2(length), num_warps=warps)
+                                           power(length), num_warps=warps)
         ends = [dS]
         for i in range(segments - 1, 0, -1):
             ends.insert(0, maps[:, :, i].mT @ ends[0] + adds[:, :, i])

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepladder.kernels.gla_states import push, sweep
-from stepladder.kernels.tiles import LOG2E, dot, processors
+from stepladder.kernels.tiles import LOG2E, cdiv, dot, power, processors, split
 
 LIMIT = {torch.bfloat16: 64, torch.float32: 16, torch.float16: 8}   # log2 of a factor: fp16 ends at 16, fp32 is precise
 
@@ -240,7 +240,7 @@ def share(total: int, x: Tensor) -> tuple[int, int]:
     A program for each piece would be gone at once, but with all its registers no other runs beside it meanwhile.
     """
     programs = min(total, 4 * processors(x))
-    return programs, 1 << ((total - 1) // programs).bit_length()
+    return programs, power(cdiv(total, programs))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool,
@@ -251,12 +251,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, 
     row is cut into; block: key channels at a time; 0 for what the shape asks for.
     """
     B, T, H, K = q.shape
-    V, N = v.shape[-1], triton.cdiv(T, chunk)
+    V, N = v.shape[-1], cdiv(T, chunk)
     tile, warps, stages = FORWARD[0]
     BK, BV = block or min(K, 64), min(V, tile)
     segment = segment or segments(T, B * H * V // BV, chunk, q)
-    each = triton.cdiv(N, segment)
-    count = triton.cdiv(N, each)
+    each, count = split(N, segment)
     S_in = S if count == 1 else sweep(k, v, g, doc, S, 1.0, each, chunk, back=False, saved=None)
     y, S_out, saved = torch.empty_like(v), torch.empty_like(S), q.new_empty(B, N, H, K, V)
     slow = torch.empty((B, N, H), dtype=torch.int8, device=q.device)

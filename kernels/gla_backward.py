@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stepladder.kernels.gla import LIMIT, any_slow, attend, halves, parts, rows_of, segments, share, since, sums
 from stepladder.kernels.gla_states import sweep
-from stepladder.kernels.tiles import LOG2E, dot
+from stepladder.kernels.tiles import LOG2E, cdiv, dot, split
 
 
 @triton.jit
@@ -223,12 +223,11 @@ def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Ten
              dS: Tensor, scale: float, chunk: int = 64, segment: int = 0, block: int = 0) -> tuple[Tensor, ...]:
     """dq, dk, dv, dg and the gradient of the state that came in (B, H, K, V) fp32; dS is that of the state after."""
     B, T, H, K = q.shape
-    V, N = v.shape[-1], triton.cdiv(T, chunk)
+    V, N = v.shape[-1], cdiv(T, chunk)
     BK = block or min(K, 64)
     segment = segment or segments(T, B * H * max(K // 64, 1) * max(V // 128, 1), chunk, q)
-    each = triton.cdiv(N, segment)
-    one = triton.cdiv(N, each) == 1
-    begin = dS if one else sweep(q, dy, g, doc, dS, scale, each, chunk, back=True, saved=None)
+    each, count = split(N, segment)
+    begin = dS if count == 1 else sweep(q, dy, g, doc, dS, scale, each, chunk, back=True, saved=None)
     states = torch.empty_like(saved)
     dS_in = sweep(q, dy, g, doc, begin, scale, each, chunk, back=True, saved=states)[:, :, 0].contiguous()
     dq, dk, dv, dg = (torch.empty_like(z) for z in (q, k, v, g))

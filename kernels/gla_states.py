@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.tiles import LOG2E, dot
+from stepladder.kernels.tiles import LOG2E, cdiv, dot
 
 
 @triton.jit
@@ -96,8 +96,8 @@ def sweep(z: Tensor, w: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float,
           back: bool, saved: Tensor | None) -> Tensor:
     """Where a row's segments of `each` chunks begin; with saved, from S (B, H, segments, K, V), where they end."""
     B, T, H, K = z.shape
-    V, N = w.shape[-1], triton.cdiv(T, chunk)
-    count = triton.cdiv(N, each)
+    V, N = w.shape[-1], cdiv(T, chunk)
+    count = cdiv(N, each)
     BK, BV = min(K, 64), min(V, SWEEP[0][0])
     out = S.new_empty(B, H, count, K, V)
     left = S.new_empty(B, H, count, K)

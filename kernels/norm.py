@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.tiles import processors
+from stepladder.kernels.tiles import cdiv, power, processors
 
 TILE = 4096         # elements; a quarter of it where a sum over rows is held besides
 
@@ -48,19 +48,19 @@ def _backward(y, scale, gate, dout, dy, dgate, partial, N, V, eps, TILES, R: tl.
 def forward(y: Tensor, scale: Tensor, gate: Tensor, eps: float) -> Tensor:
     """y and gate (..., V), scale (V,), contiguous -> rms_norm(y) scale silu(gate) in the gate's dtype."""
     V, out = y.shape[-1], torch.empty_like(gate)
-    N, BV = y.numel() // V, 1 << (V - 1).bit_length()
+    N, BV = y.numel() // V, power(V)
     R = max(TILE // BV, 1)
-    _forward[(-(-N // R),)](y, scale, gate, out, N, V, eps, R=R, BV=BV)
+    _forward[(cdiv(N, R),)](y, scale, gate, out, N, V, eps, R=R, BV=BV)
     return out
 
 
 def backward(y: Tensor, scale: Tensor, gate: Tensor, eps: float, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y, scale (in fp32) and gate."""
     V, dy, dgate = y.shape[-1], torch.empty_like(y), torch.empty_like(gate)
-    N, BV = y.numel() // V, 1 << (V - 1).bit_length()
+    N, BV = y.numel() // V, power(V)
     R = max(TILE // 4 // BV, 1)
-    tiles = max(-(-N // (R * 8 * processors(y))), 1)      # as many programs as run at once
-    programs = -(-N // (R * tiles))
+    tiles = max(cdiv(N, R * 8 * processors(y)), 1)      # as many programs as run at once
+    programs = cdiv(N, R * tiles)
     partial = y.new_empty(programs, V, dtype=torch.float32)
     _backward[(programs,)](y, scale, gate, dout, dy, dgate, partial, N, V, eps, tiles, R=R, BV=BV)
     return dy, partial.sum(0), dgate

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.tiles import LOG2E, processors
+from stepladder.kernels.tiles import LOG2E, cdiv, processors, split
 
 CHUNK = 8                              # tokens between saved states
 PIECE = tl.constexpr(4)                # tokens whose states the backward pass has in registers: 8 spill
@@ -162,17 +162,11 @@ def _backward(q, k, v, dt, A, start, states, dy, dh1, ends, spans, dq, dk, dv, d
         tl.store(dh0 + b * D * N + tile, flow, mask=live)
 
 
-def split(chunks: int, wanted: int) -> tuple[int, int]:
-    """Chunks of a segment, and segments; none is empty."""
-    per = -(-chunks // max(wanted, 1))
-    return per, -(-chunks // per)
-
-
 def cut(v: Tensor, N: int, segments: int) -> tuple[int, int, int]:
     """Blocks of channels, chunks of a segment, segments; these as asked, or until two warps a scheduler are busy."""
     B, T, D = v.shape
-    blocks = -(-D * N // (32 * ELEMENTS))
-    chunks = -(-T // CHUNK)
+    blocks = cdiv(D * N, 32 * ELEMENTS)
+    chunks = cdiv(T, CHUNK)
     return blocks, *split(chunks, segments or min(chunks // 32, 8 * processors(v) // (B * blocks)))
 
 
@@ -182,7 +176,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tenso
     (B, T, D), N = v.shape, A.shape[1]
     blocks, per, segments = cut(v, N, segments)
     y, h1 = torch.empty_like(v), torch.empty_like(h)
-    states = v.new_empty(B, -(-T // CHUNK), N, D) if save else v.new_empty(0)
+    states = v.new_empty(B, cdiv(T, CHUNK), N, D) if save else v.new_empty(0)
     ends, spans = h.new_empty(B, segments, D, N), h.new_empty(B, segments, D)
     for alone in ((True, False) if segments > 1 else (False,)):
         _forward[blocks, B, segments](q, k, v, dt, A, start.view(torch.uint8), h, ends, spans, y, states, h1, T, D, per,

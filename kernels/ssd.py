@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.tiles import LOG2E, dot, processors
+from stepladder.kernels.tiles import LOG2E, cdiv, dot, processors, split
 
 CHUNK = 64
 
@@ -254,19 +254,13 @@ def tiles(kernel: str, V: int, dtype: torch.dtype) -> Tiles:
     return found._replace(V=min(V & -V, found.V))
 
 
-def split(chunks: int, wanted: int) -> tuple[int, int]:
-    """Chunks of a segment, and segments; none is empty."""
-    per = -(-chunks // max(wanted, 1))
-    return per, -(-chunks // per)
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, save: bool,
             chunk: int = CHUNK, segments: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """y, the state after the last token and, if they are to be saved, the states before each chunk (B, N, H, K, V).
 
     doc (B, T) int32 counts the documents begun so far. segments of a row run side by side; 0: as the shape asks.
     """
-    (B, T, H, V), (G, K), chunks = v.shape, q.shape[2:], -(-v.shape[1] // chunk)
+    (B, T, H, V), (G, K), chunks = v.shape, q.shape[2:], cdiv(v.shape[1], chunk)
     two = V == tiles("two", V, q.dtype).V and H // G % 2 == 0          # of a group: they share q k^T
     BV, warps, stages = tiles("two" if two else "forward", V, q.dtype)
     blocks = V // BV * H // (2 if two else 1)
@@ -286,7 +280,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Te
 
     parts of a group's heads run side by side, and their dq and dk are added up after; 0: as the shape asks.
     """
-    (B, T, H, V), (G, K), chunks = v.shape, q.shape[2:], -(-v.shape[1] // chunk)
+    (B, T, H, V), (G, K), chunks = v.shape, q.shape[2:], cdiv(v.shape[1], chunk)
     BV, warps, stages = tiles("reverse", V, q.dtype)
     per, segments = split(chunks, segments or min(chunks // 8, processors(v) // (B * H * (V // BV))))
     dstates, dS0 = torch.empty_like(states), torch.empty_like(dS)

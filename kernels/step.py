@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.tiles import LOG2E, processors
+from stepladder.kernels.tiles import LOG2E, cdiv, power, processors
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def flat(z: Tensor, dims: int) -> Tensor:
 
 def columns(heads: int, V: int, wanted: int) -> int:
     """Columns of the state a program takes: wide rows of memory, unless too few programs are left for the GPU."""
-    return next((n for n in (64, 32) if n <= V and heads * V >= wanted * n), min(16, 1 << (V - 1).bit_length()))
+    return next((n for n in (64, 32) if n <= V and heads * V >= wanted * n), min(16, power(V)))
 
 
 def matrix(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, start: Tensor, S: Tensor,
@@ -82,8 +82,8 @@ def matrix(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | Non
     q, k, v = flat(q, 2), flat(k, 2), flat(v, 2)
     g = g if g is None else flat(g, g.dim() - 2)
     beta = beta if beta is None else flat(beta, 1)
-    BK, BV = 1 << (K - 1).bit_length(), columns(B * H, V, 2 * processors(S))
-    cuts = -(-V // BV)
+    BK, BV = power(K), columns(B * H, V, 2 * processors(S))
+    cuts = cdiv(V, BV)
     _matrix[(cuts * B * H,)](
         q, k, v, q if g is None else g, q if beta is None else beta, start.view(torch.uint8), S, y, H, V, scale,
         q.stride(0), k.stride(0), v.stride(0), 0 if g is None else g.stride(0), 0 if beta is None else beta.stride(0),
@@ -97,8 +97,9 @@ def scan(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, 
     B, D, N = h.shape
     y = v.new_empty(B, 1, D)
     q, k, v, dt = (flat(z, 1) for z in (q, k, v, dt))
-    BN = 1 << (N - 1).bit_length()
+    BN = power(N)
     BD = max((2048 if h.numel() > 4096 * processors(h) else 512) // BN, 1)
-    _scan[(-(-D // BD), B)](q, k, v, dt, A.contiguous(), start.view(torch.uint8), h, y, D, q.stride(0), k.stride(0),
-                            v.stride(0), dt.stride(0), start.stride(0), N=N, BN=BN, BD=BD)
+    _scan[(cdiv(D, BD), B)](
+        q, k, v, dt, A.contiguous(), start.view(torch.uint8), h, y, D, q.stride(0), k.stride(0), v.stride(0),
+        dt.stride(0), start.stride(0), N=N, BN=BN, BD=BD)
     return y

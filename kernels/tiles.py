@@ -26,6 +26,22 @@ def dot(a, b, acc=None):
     return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
+def cdiv(n: int, tile: int) -> int:
+    """Tiles that cover n. triton's own functions, of this and the next, are typed for use inside kernels."""
+    return -(-n // tile)
+
+
+def power(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def split(chunks: int, wanted: int) -> tuple[int, int]:
+    """A row in segments that run side by side: chunks of one, and how many there are; none is empty."""
+    each = cdiv(chunks, max(wanted, 1))
+    return each, cdiv(chunks, each)
+
+
 def processors(x: Tensor) -> int:
     """Streaming multiprocessors of x's device; those of an H100 where there is none to ask."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132

@@ -48,8 +48,7 @@ def activated(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor 
     if sum(sizes) != x.shape[2] or len(lengths) != len(sizes) or (any(lengths) and any(n % head for n in sizes[:-1])):
         raise ValueError(f"parts of {sizes} channels with heads of {head} at lengths {lengths} do not go with "
                          f"{x.shape[2]} channels: they add up to them, and are of whole heads where one has a length")
-    if runs("conv", x, None if x.dtype.itemsize < 8 else f"{x.dtype}", None if x.numel() else "no tokens",
-            None if w.shape[1] <= TAPS else f"{w.shape[1]} taps, more than {TAPS}",
+    if runs("conv", x, x.dtype, None if w.shape[1] <= TAPS else f"{w.shape[1]} taps, more than {TAPS}",
             None if len(sizes) <= 3 else f"{len(sizes)} parts, more than 3",
             None if not any(lengths) or (head <= HEAD and head & (head - 1) == 0)
             else f"heads of {head}; those of a power of two up to {HEAD} have one"):

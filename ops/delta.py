@@ -74,8 +74,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: 
     T, K, V = v.shape[1], k.shape[3], v.shape[3]
     if steps(v, S, K, q, k, g, beta):
         return matrix(q, k, v, g, beta, start, S), S
-    if T != 1 and runs("delta", v, None if v.numel() else "no tokens",
-                       None if dtype.itemsize < 8 else f"{dtype}",
+    if T != 1 and runs("delta", v, dtype,
                        None if K in SIZES and V in SIZES else f"keys of {K} and values of {V}; sizes are {SIZES}"):
         return fused(q.to(dtype), k.to(dtype), v.to(dtype), g, beta, start, S)
     q, k, v = promote(q), promote(k), promote(v)

@@ -102,7 +102,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) ->
     T, K, V = v.shape[1], q.shape[3], v.shape[3]
     if steps(v, S, K, q, k, g):
         return matrix(q, k, v, g, None, start, S, K**-0.5), S
-    if T != 1 and runs("gla", v, None if v.numel() else "no tokens", None if v.dtype.itemsize < 8 else f"{v.dtype}",
+    if T != 1 and runs("gla", v, v.dtype,
                        None if K in KEYS else f"keys of {K}; sizes are {KEYS}",
                        None if V in VALUES else f"values of {V}; sizes are {VALUES}"):
         return fused(q, k, v, g, start, S, K**-0.5)

@@ -3,22 +3,26 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 # Families whose GPU tests have passed on a GPU. Others run only where a test or a bench calls them by name.
 SEEN: frozenset[str] = frozenset()
+TRITON = find_spec("triton") is not None        # it comes with torch for CUDA, but not on every system
 
 
-def runs(family: str, x: Tensor, *reasons: str | None) -> bool:
-    """Whether `family` computes with x: on CUDA, where nothing speaks against it. A reason is words, or None.
+def runs(family: str, x: Tensor, dtype: torch.dtype, *reasons: str | None) -> bool:
+    """Whether `family` computes with x, in dtype: on CUDA, where nothing speaks against it. A reason is words, or None.
 
     Traced models ask too, so reasons come from shapes and types, never from values.
     """
     if not x.is_cuda or family not in SEEN:
         return False
-    why = next(filter(None, reasons), None)
+    common = (None if TRITON else "a machine without triton", None if x.numel() else "no tokens",
+              None if dtype.itemsize < 8 else f"{dtype}")
+    why = next(filter(None, (*common, *reasons)), None)
     if why and not torch.compiler.is_compiling():
         _say(f"{family}: no kernel for {why}; running the torch form")
     return why is None

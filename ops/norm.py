@@ -25,8 +25,7 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 
 def gated_norm(y: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
     """A recurrent mixer's heads y (..., V), normed one by one and gated by silu(gate (..., V)), in the gate's dtype."""
-    if runs("norm", y, None if y.dtype.itemsize < 8 else f"{y.dtype}",
-            None if y.shape[-1] <= 1024 else f"heads of {y.shape[-1]}, more than 1024"):
+    if runs("norm", y, y.dtype, None if y.shape[-1] <= 1024 else f"heads of {y.shape[-1]}, more than 1024"):
         return fused(y.contiguous(), scale, gate.contiguous())
     return rms_norm(y, scale).to(gate.dtype) * F.silu(gate)
 

@@ -23,6 +23,8 @@ try:
 except ModuleNotFoundError:        # no triton: the torch form runs
     kernels: Any = None
 
+ENTRIES = (4, 8, 16, 32)       # of a channel's state, that kernels have tiles for
+
 
 def check(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor) -> None:
     """Raises ValueError for shapes that do not belong together, and for growing states where looking costs no sync."""
@@ -82,16 +84,9 @@ def mix(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h
         return step(q, k, v, dt, A, start, h), h
     if v.shape[1] == 1:
         return recurrent(q, k, v, dt, A, start, h)
-    if runs("scan", v, uncovered(v, A, dtype)):
+    if runs("scan", v, dtype, None if A.shape[1] in ENTRIES else f"states of {A.shape[1]} entries"):
         return fused(q, k, v.to(dtype), dt, A, start, h)
     return chunked(q, k, v, dt, A, start, h)
-
-
-def uncovered(v: Tensor, A: Tensor, dtype: torch.dtype) -> str | None:
-    """What the kernel has no answer to, if anything."""
-    said = {"a machine without triton": kernels is None, f"{dtype}": dtype == torch.float64,
-            f"states of {A.shape[1]} entries": A.shape[1] not in (4, 8, 16, 32), "a row of no tokens": v.shape[1] == 0}
-    return next((words for words, true in said.items() if true), None)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor,

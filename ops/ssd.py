@@ -55,7 +55,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor,
     """The fastest form there is. The kernel takes q, k and v in dtype, the layer's, and adds up in fp32."""
     if steps(v, S, q.shape[3], q, k, g):
         return matrix(q, k, v, g, None, start, S), S
-    if v.shape[1] != 1 and runs("ssd", v, uncovered(q, v, dtype)):
+    if v.shape[1] != 1 and runs("ssd", v, dtype, uncovered(q, v, dtype)):
         return fused(q.to(dtype), k.to(dtype), v.to(dtype), g, start, S)
     form = recurrent if v.shape[1] == 1 else chunked
     return form(promote(q), promote(k), promote(v), g, start, S)
@@ -63,10 +63,9 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor,
 
 def uncovered(q: Tensor, v: Tensor, dtype: torch.dtype) -> str | None:
     """What the kernel has no answer to, if anything."""
-    (T, _, V), K = v.shape[1:], q.shape[3]
-    said = {"a machine without triton": kernels is None, f"{dtype}": dtype not in (torch.bfloat16, torch.float16),
-            f"keys of {K} channels": K not in (16, 32, 64, 128), f"values of {V} channels": V % 16 > 0,
-            "a row of no tokens": T == 0}
+    V, K = v.shape[3], q.shape[3]
+    said = {f"{dtype}": dtype not in (torch.bfloat16, torch.float16),
+            f"keys of {K} channels": K not in (16, 32, 64, 128), f"values of {V} channels": V % 16 > 0}
     return next((words for words, true in said.items() if true), None)
 
 

@@ -24,7 +24,7 @@ def steps(v: Tensor, state: Tensor, side: int, *others: Tensor | None) -> bool:
     wanted = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (v, state, *others))
     if wanted or v.shape[1] != 1:
         return False
-    return runs("step", v, None if v.dtype.itemsize < 8 else f"{v.dtype}",
+    return runs("step", v, v.dtype,
                 None if state.dtype == torch.float32 and state.is_contiguous() else "states but fp32 in one piece",
                 None if side <= SIDE else f"{side} rows of a state, more than {SIDE}")
 

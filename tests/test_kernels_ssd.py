@@ -121,7 +121,7 @@ def test_the_kernel_is_taken_where_it_runs_and_the_torch_form_elsewhere(monkeypa
     x = inputs(21, "to -5", "nowhere")
     chunked = ssd.chunked(**x)
     assert torch.equal(ssd.mix(**x, dtype=HALF)[0], chunked[0])
-    monkeypatch.setattr(ssd, "runs", lambda family, x, why: family == "ssd" and why is None)
+    monkeypatch.setattr(ssd, "runs", lambda family, x, dtype, why: family == "ssd" and why is None)
     y, S = ssd.mix(**x, dtype=HALF)
     assert (y.dtype, S.dtype) == (HALF, SINGLE)
     torch.testing.assert_close(y.float(), chunked[0], rtol=0.02, atol=0.02)
