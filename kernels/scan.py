@@ -1,11 +1,15 @@
 """Selective scan, token by token, states in registers; ops/scan.py has the maths.
 
-A block is one warp with 512 / N channels, and all N entries of their states. Tiles have four dimensions, of which
+A block is one warp with 8 R channels, and all N entries of their states. Tiles have four dimensions, of which
 triton keeps the first two in each thread's registers and spreads the last two over the warp's lanes:
 
-    (N / 4, channels, 4, 8)
+    (N / 4, R, 4, 8)
 
 Sums go over entries and over channels: as squares as can be, threads exchange least, and none leaves the warp.
+
+Few warps fit a processor, and a store holds back the loads that are written after it: what several tokens need is
+loaded before the first of them is computed, or each would wait for memory by itself. D is a constant, so that rows
+lie at fixed distances and addresses are formed once.
 """
 from __future__ import annotations
 
@@ -16,41 +20,45 @@ from torch import Tensor
 
 from stepladder.kernels.tiles import LOG2E, cdiv, processors, split
 
-CHUNK = 8                              # tokens between saved states
-PIECE = tl.constexpr(4)                # tokens whose states the backward pass has in registers: 8 spill
-ELEMENTS = 16                          # entries of states a thread
-_ELEMENTS, LN2 = tl.constexpr(ELEMENTS), tl.constexpr(0.6931471805599453)
+# (R, tokens loaded together) forward, and tokens between saved states, which are also those that the backward pass has
+# in registers. The first of each runs.
+FORWARD: dict[str, tuple[tuple[int, int], ...]] = {"scan": ((4, 4), (4, 8), (2, 4), (2, 8))}
+BACKWARD: dict[str, tuple[int, ...]] = {"scan": (8, 4)}
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tile(N: tl.constexpr):
-    """A block's entries (N / 4, 1, 4, 1) and channels (1, ., 4, 8).
+def _tile(D: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
+    """A block's entries (N / 4, 1, 4, 1), channels (1, R, 4, 8) and which of these there are.
 
     What a thread has is contiguous, and channels are of all lanes, though four load the same: were there fewer, triton
     would lay tiles out as it loads these, and exchange what is in registers. Loads as small as entries' follow others.
     """
-    own: tl.constexpr = N // 4
-    d: tl.constexpr = _ELEMENTS // own
-    n = tl.arange(0, own)[:, None, None, None] + (tl.arange(0, 4) * own)[None, None, :, None]
-    channels = (tl.program_id(0) * 8 + tl.arange(0, 8))[None, None, None, :] * d + tl.arange(0, d)[None, :, None, None]
-    return n, tl.broadcast_to(channels, [1, d, 4, 8])
+    n = tl.arange(0, N // 4)[:, None, None, None] + (tl.arange(0, 4) * (N // 4))[None, None, :, None]
+    channels = (tl.program_id(0) * 8 + tl.arange(0, 8))[None, None, None, :] * R + tl.arange(0, R)[None, :, None, None]
+    d = tl.broadcast_to(channels, [1, R, 4, 8])
+    return n, d, (d < D) if D % (8 * R) else tl.full([1, R, 4, 8], 1, tl.int1)
 
 
 @triton.jit
-def _token(v, dt, k, start, row, valid, d, n, D, N: tl.constexpr):
-    """What a token writes with and for how long, and whether a document begins; beyond the row it lasts no time."""
-    x = tl.load(dt + row * D + d, mask=valid & (d < D), other=0.0).to(tl.float32)
-    u = tl.load(v + row * D + d, mask=valid & (d < D), other=0.0).to(tl.float32)
-    key = tl.load(k + row * N + n, mask=valid, other=0.0).to(tl.float32)
-    return x, u, key, tl.load(start + row, mask=valid, other=0) != 0
+def _wide(n, N: tl.constexpr):
+    """Entries for loads and stores of 16 bytes a thread, if that is all it has of them."""
+    return tl.broadcast_to(n, [N // 4, 1, 4, 8]) if N <= 16 else n
 
 
 @triton.jit
-def _fold(h, ends, spans, at, d, tile, rate, D, N: tl.constexpr):
+def _token(v, dt, k, row, valid, live, D: tl.constexpr, N: tl.constexpr):
+    """For how long a token lasts, what it writes and with; beyond the row it lasts no time."""
+    x = tl.load(dt + row * D, mask=valid & live, other=0.0).to(tl.float32)
+    return x, tl.load(v + row * D, mask=valid & live, other=0.0), tl.load(k + row * N, mask=valid, other=0.0)
+
+
+@triton.jit
+def _fold(h, ends, spans, at, d, tile, rate, live, D: tl.constexpr, N: tl.constexpr):
     """What a segment makes of h, of which it has been seen what it makes of nothing. span < 0: a document began."""
-    span = tl.load(spans + at * D + d, mask=d < D, other=0.0)
+    span = tl.load(spans + at * D + d, mask=live, other=0.0)
     return (tl.where(span < 0, 0.0, tl.exp2(tl.maximum(span, 0.0) * rate) * h)
-            + tl.load(ends + at * D * N + tile, mask=d < D, other=0.0))
+            + tl.load(ends + at * D * N + tile, mask=live, other=0.0))
 
 
 @triton.jit
@@ -63,31 +71,42 @@ def _over_channels(x):
     return tl.sum(tl.sum(x, 1, keep_dims=True), 3, keep_dims=True)
 
 
-@triton.jit(do_not_specialize=["T", "per"])      # rows of any length run what one of them compiled
-def _forward(q, k, v, dt, A, start, h0, ends, spans, y, states, h1, T, D, per,
-             N: tl.constexpr, C: tl.constexpr, SAVE: tl.constexpr, ENDS: tl.constexpr):
+@triton.jit(do_not_specialize=["T", "per", "segments"])      # rows of any length run what one of them compiled
+def _forward(q, k, v, dt, A, start, h0, ends, spans, y, states, h1, T, per, segments, D: tl.constexpr, N: tl.constexpr,
+             C: tl.constexpr, R: tl.constexpr, G: tl.constexpr, SAVE: tl.constexpr, ENDS: tl.constexpr):
     """A segment of `per` chunks. ENDS: from nothing, for its last state and its time alone."""
-    b, s, segments, chunks = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2), tl.cdiv(T, C)
-    n, d = _tile(N)
-    tile, live, mine = d * N + n, d < D, b * segments + s
+    b, s, chunks = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.cdiv(T, C)
+    n, d, live = _tile(D, N, R)
+    tile, wide, mine = d * N + n, _wide(n, N), b * segments + s
     rate = tl.load(A + tile, mask=live, other=0.0).to(tl.float32) * LOG2E
     h, span = tl.zeros_like(rate), tl.zeros(d.shape, tl.float32)
     if not ENDS:
         h += tl.load(h0 + b * D * N + tile, mask=live, other=0.0)
         for m in range(s):
-            h = _fold(h, ends, spans, b * segments + m, d, tile, rate, D, N)
+            h = _fold(h, ends, spans, b * segments + m, d, tile, rate, live, D, N)
+    q, k, v, dt = q + b * T * N + wide, k + b * T * N + wide, v + b * T * D + d, dt + b * T * D + d
     for c in range(s * per, tl.minimum(s * per + per, chunks)):
         if SAVE:
             tl.store(states + ((b * chunks + c) * N + n) * D + d, h, mask=live)
-        for i in tl.static_range(C):
-            row, valid = b * T + c * C + i, c * C + i < T
-            x, u, key, fresh = _token(v, dt, k, start, row, valid, d, n, D, N)
-            h = tl.exp2(x * rate) * tl.where(fresh, 0.0, h) + x * u * key
-            if ENDS:
-                span = tl.where(fresh | (span < 0), -1.0, span + x)
-            else:
-                query = tl.load(q + row * N + n, mask=valid, other=0.0).to(tl.float32)
-                tl.store(y + row * D + d, _over_entries(h * query).to(y.dtype.element_ty), mask=valid & live)
+        for g in tl.static_range(C // G):
+            first, seen = tl.cast(c, tl.int64) * C + g * G, ()
+            for i in tl.static_range(G):
+                valid = first + i < T
+                x, u, key = _token(v, dt, k, first + i, valid, live, D, N)
+                query = key
+                if not ENDS:
+                    query = tl.load(q + (first + i) * N, mask=valid, other=0.0)
+                fresh = tl.load(start + b * T + first + i, mask=valid, other=0) != 0
+                seen += ((x, u, key, query, fresh),)
+            for i in tl.static_range(G):
+                x, u, key, query, fresh = seen[i]       # pyright: ignore
+                u, key = u.to(tl.float32), key.to(tl.float32)  # pyright: ignore
+                h = tl.exp2(x * rate) * tl.where(fresh, 0.0, h) + x * u * key
+                if ENDS:
+                    span = tl.where(fresh | (span < 0), -1.0, span + x)
+                else:
+                    out = _over_entries(h * query.to(tl.float32)).to(y.dtype.element_ty)
+                    tl.store(y + (b * T + first + i) * D + d, out, mask=(first + i < T) & live)
     if ENDS:
         tl.store(ends + mine * D * N + tile, h, mask=live)
         tl.store(spans + mine * D + d, span, mask=live)
@@ -96,104 +115,182 @@ def _forward(q, k, v, dt, A, start, h0, ends, spans, y, states, h1, T, D, per,
 
 
 @triton.jit(do_not_specialize=["T", "per"])
-def _backward_ends(q, dt, A, start, dy, ends, spans, T, D, per, N: tl.constexpr):
-    """A segment of `per` tokens: the gradient of the state before it, were there no tokens after it; and its time."""
-    b, s, segments = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    n, d = _tile(N)
-    tile, live, mine = d * N + n, d < D, b * segments + s
+def _backward_ends(q, dt, A, start, dy, ends, spans, T, per, D: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+                   R: tl.constexpr, G: tl.constexpr):
+    """A segment of `per` chunks, but for the first, of which nobody asks.
+
+    The gradient of the state before it, were there no tokens after it; and its time.
+    """
+    b, s, segments = tl.program_id(1).to(tl.int64), tl.program_id(2) + 1, tl.num_programs(2) + 1
+    n, d, live = _tile(D, N, R)
+    tile, mine = d * N + n, b * segments + s
     rate = tl.load(A + tile, mask=live, other=0.0).to(tl.float32) * LOG2E
     flow, span = tl.zeros_like(rate), tl.zeros(d.shape, tl.float32)
-    stop = tl.minimum(s * per + per, T)
-    for i in range(stop - s * per):
-        row = b * T + stop - 1 - i
-        x, dout, query, fresh = _token(dy, dt, q, start, row, True, d, n, D, N)
-        flow = tl.where(fresh, 0.0, tl.exp2(x * rate) * (dout * query + flow))
-        span = tl.where(fresh | (span < 0), -1.0, span + x)
+    q, dt, dy = q + b * T * N + _wide(n, N), dt + b * T * D + d, dy + b * T * D + d
+    groups = tl.cdiv(tl.minimum(s * per * C + per * C, T) - s * per * C, G)
+    for g in range(groups):
+        first, seen = s * per * C + tl.cast(groups - 1 - g, tl.int64) * G, ()
+        for i in tl.static_range(G):
+            valid = first + i < T
+            x, dout, query = _token(dy, dt, q, first + i, valid, live, D, N)
+            fresh = tl.load(start + b * T + first + i, mask=valid, other=0) != 0
+            seen += ((x, dout, query, fresh),)
+        for i in tl.static_range(G - 1, -1, -1):
+            x, dout, query, fresh = seen[i]             # pyright: ignore
+            flow = tl.exp2(x * rate) * (dout.to(tl.float32) * query.to(tl.float32) + flow)
+            flow = tl.where(fresh, 0.0, flow)
+            span = tl.where(fresh | (span < 0), -1.0, span + x)
     tl.store(ends + mine * D * N + tile, flow, mask=live)
     tl.store(spans + mine * D + d, span, mask=live)
 
 
+@triton.jit
+def _again(q, k, v, dt, dy, i, live, D: tl.constexpr, N: tl.constexpr):
+    """All that the way back needs of token i."""
+    x, u, key = _token(v, dt, k, i, True, live, D, N)
+    return x, u, key, tl.load(q + i * N), tl.load(dy + i * D, mask=live, other=0.0)
+
+
+@triton.jit
+def _gradients(token, kept, flow, slowed, rate, dk, dv, ddt, live):
+    """Of one token, all but dq. kept: what is left of the state before it. Returns flow and slowed before the token."""
+    x, u, key, query, dout = token
+    u = u.to(tl.float32)
+    dh = dout.to(tl.float32) * query.to(tl.float32) + flow
+    tl.store(dk, _over_channels(dh * (x * u)))
+    lost = dh * kept
+    written, slower = _over_entries(dh * key.to(tl.float32)), _over_entries(lost * rate) * LN2
+    tl.store(dv, (x * written).to(dv.dtype.element_ty), mask=live)
+    tl.store(ddt, u * written + slower, mask=live)
+    return tl.exp2(x * rate) * dh, slowed + lost * x
+
+
+@triton.jit
+def _chunk(state, flow, slowed, rate, q, k, v, dt, dy, dq, dk, dv, ddt, n, live, D: tl.constexpr, N: tl.constexpr,
+           C: tl.constexpr):
+    """C tokens of one document: forward for their states and dq, then back. What is read again is in the cache."""
+    wide, seen, kept = _wide(n, N), (), ()
+    for i in tl.static_range(C):
+        x, u, key = _token(v, dt, k + n, i, True, live, D, N)
+        seen += ((x, u, key, tl.load(dy + i * D, mask=live, other=0.0)),)
+    h = tl.load(state, mask=live, other=0.0).to(tl.float32)
+    for i in tl.static_range(C):
+        x, u, key, dout = seen[i]
+        kept += (tl.exp2(x * rate) * h,)
+        h = kept[i] + x * u.to(tl.float32) * key.to(tl.float32)
+        tl.store(dq + i * N + wide, _over_channels(dout.to(tl.float32) * h))
+    ahead = _again(q + wide, k + n, v, dt, dy, C - 1, live, D, N)
+    for i in tl.static_range(C - 1, -1, -1):
+        now = ahead
+        if i > 0:                       # a token ahead, for stores hold back what is read after them
+            ahead = _again(q + wide, k + n, v, dt, dy, i - 1, live, D, N)
+        flow, slowed = _gradients(now, kept[i], flow, slowed, rate, dk + i * N + wide, dv + i * D, ddt + i * D, live)
+    return flow, slowed
+
+
+@triton.jit
+def _tokens(state, flow, slowed, rate, q, k, v, dt, start, dy, dq, dk, dv, ddt, n, live, count, D: tl.constexpr,
+            N: tl.constexpr):
+    """`count` tokens in which documents begin, each one's state formed from the first on: slow, and small."""
+    wide = _wide(n, N)
+    for m in range(count):
+        i, h = count - 1 - m, tl.load(state, mask=live, other=0.0).to(tl.float32)
+        for j in range(i):
+            x, u, key = _token(v, dt, k + n, j, True, live, D, N)
+            h = tl.where(tl.load(start + j) != 0, 0.0, h)
+            h = tl.exp2(x * rate) * h + x * u.to(tl.float32) * key.to(tl.float32)
+        token, fresh = _again(q + wide, k + n, v, dt, dy, i, live, D, N), tl.load(start + i) != 0
+        x, u, key, _, dout = token
+        kept = tl.exp2(x * rate) * tl.where(fresh, 0.0, h)
+        h = kept + x * u.to(tl.float32) * key.to(tl.float32)
+        tl.store(dq + i * N + wide, _over_channels(dout.to(tl.float32) * h))
+        flow, slowed = _gradients(token, kept, flow, slowed, rate, dk + i * N + wide, dv + i * D, ddt + i * D, live)
+        flow = tl.where(fresh, 0.0, flow)
+    return flow, slowed
+
+
+@triton.jit
+def _borders(start, c, T, C: tl.constexpr):
+    """Where documents begin in chunk c; tokens beyond the row stand for documents."""
+    t = c * C + tl.arange(0, C)
+    return tl.load(start + t, mask=(t >= 0) & (t < T), other=1)
+
+
 @triton.jit(do_not_specialize=["T", "per"])
-def _backward(q, k, v, dt, A, start, states, dy, dh1, ends, spans, dq, dk, dv, ddt, dA, dh0, T, D, per,
-              N: tl.constexpr, C: tl.constexpr):
-    """A segment of `per` tokens from the last to the first, each piece's states formed again from those saved.
+def _backward(q, k, v, dt, A, start, states, dy, dh1, ends, spans, dq, dk, dv, ddt, dA, dh0, T, per,
+              D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
+    """A segment of `per` chunks from the last to the first, each one's states formed again from those saved.
 
     dq and dk are sums over this block's channels, dA over this segment's tokens: added up outside, in one order.
     """
     b, s, segments, chunks = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2), tl.cdiv(T, C)
-    n, d = _tile(N)
-    tile, live = d * N + n, d < D
+    n, d, live = _tile(D, N, R)
+    tile, part = d * N + n, (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + b) * T
     rate = tl.load(A + tile, mask=live, other=0.0).to(tl.float32) * LOG2E
     flow = tl.load(dh1 + b * D * N + tile, mask=live, other=0.0)
     for m in range(segments - 1 - s):
-        flow = _fold(flow, ends, spans, b * segments + segments - 1 - m, d, tile, rate, D, N)
-    slowed = tl.zeros_like(rate)
-    part, wide = tl.program_id(0).to(tl.int64) * tl.num_programs(1) * T, tl.broadcast_to(n, [N // 4, 1, 4, 8])
-    pieces = tl.cdiv(tl.minimum(s * per + per, T) - s * per, PIECE)
-    for j in range(pieces):
-        first = s * per + (pieces - 1 - j) * PIECE
-        h = tl.load(states + ((b * chunks + first // C) * N + n) * D + d, mask=live, other=0.0).to(tl.float32)
-        for t in range(first // C * C, first):
-            x, u, key, fresh = _token(v, dt, k, start, b * T + t, True, d, n, D, N)
-            h = tl.exp2(x * rate) * tl.where(fresh, 0.0, h) + x * u * key
-        before = ()
-        for i in tl.static_range(PIECE):
-            x, u, key, fresh = _token(v, dt, k, start, b * T + first + i, first + i < T, d, n, D, N)
-            before = before + (tl.where(fresh, 0.0, h),)    # noqa: RUF005  triton knows no starred tuple
-            h = tl.exp2(x * rate) * before[i] + x * u * key
-        for i in tl.static_range(PIECE):
-            t = first + PIECE - 1 - i
-            row, valid = b * T + t, t < T
-            x, u, key, fresh = _token(v, dt, k, start, row, valid, d, n, D, N)
-            query = tl.load(q + row * N + n, mask=valid, other=0.0).to(tl.float32)
-            dout = tl.load(dy + row * D + d, mask=valid & live, other=0.0).to(tl.float32)
-            decay = tl.exp2(x * rate)
-            kept = decay * before[PIECE - 1 - i]
-            dh = dout * query + flow
-            tl.store(dq + (part + row) * N + wide, _over_channels(dout * (kept + x * u * key)), mask=valid)
-            tl.store(dk + (part + row) * N + wide, _over_channels(dh * (x * u)), mask=valid)
-            written, slower = _over_entries(dh * key), _over_entries(dh * kept * rate) * LN2
-            tl.store(dv + row * D + d, (x * written).to(dv.dtype.element_ty), mask=valid & live)
-            tl.store(ddt + row * D + d, u * written + slower, mask=valid & live)
-            slowed += dh * kept * x
-            flow = tl.where(fresh, 0.0, decay * dh)
+        flow = _fold(flow, ends, spans, b * segments + segments - 1 - m, d, tile, rate, live, D, N)
+    slowed, start, first = tl.zeros_like(rate), start + b * T, s * per
+    many = tl.minimum(first + per, chunks) - first
+    borders = _borders(start, first + many - 1, T, C)
+    for j in range(many):
+        c = tl.cast(first + many - 1 - j, tl.int64)
+        t, at, state = c * C, b * T + c * C, states + ((b * chunks + c) * N + n) * D + d
+        plain = tl.max(borders.to(tl.int32)) == 0
+        borders = _borders(start, c - 1, T, C)
+        if plain:
+            flow, slowed = _chunk(state, flow, slowed, rate, q + at * N, k + at * N, v + at * D + d, dt + at * D + d,
+                                  dy + at * D + d, dq + (part + t) * N, dk + (part + t) * N, dv + at * D + d,
+                                  ddt + at * D + d, n, live, D, N, C)
+        else:
+            flow, slowed = _tokens(state, flow, slowed, rate, q + at * N, k + at * N, v + at * D + d, dt + at * D + d,
+                                   start + t, dy + at * D + d, dq + (part + t) * N, dk + (part + t) * N,
+                                   dv + at * D + d, ddt + at * D + d, n, live, tl.minimum(C, T - t), D, N)
     tl.store(dA + (b * segments + s) * D * N + tile, slowed, mask=live)
     if s == 0:
         tl.store(dh0 + b * D * N + tile, flow, mask=live)
 
 
-def cut(v: Tensor, N: int, segments: int) -> tuple[int, int, int]:
-    """Blocks of channels, chunks of a segment, segments; these as asked, or until two warps a scheduler are busy."""
+def chunk() -> int:
+    """Tokens between saved states."""
+    return BACKWARD["scan"][0]
+
+
+def cut(v: Tensor, R: int, warps: int, segments: int) -> tuple[int, int, int]:
+    """Blocks of channels, chunks of a segment, segments; these as asked, or until processors have `warps` each."""
     B, T, D = v.shape
-    blocks = cdiv(D * N, 32 * ELEMENTS)
-    chunks = cdiv(T, CHUNK)
-    return blocks, *split(chunks, segments or min(chunks // 32, 8 * processors(v) // (B * blocks)))
+    blocks, chunks = cdiv(D, 8 * R), cdiv(T, chunk())
+    return blocks, *split(chunks, segments or min(chunks // 32, warps * processors(v) // (B * blocks)))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor, save: bool,
             segments: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the state after the last token and, if they are to be saved, those before each chunk (B, T / 8, N, D)."""
-    (B, T, D), N = v.shape, A.shape[1]
-    blocks, per, segments = cut(v, N, segments)
+    """y, the state after the last token and, if they are to be saved, those before each chunk (B, T / C, N, D)."""
+    (B, T, D), N, C = v.shape, A.shape[1], chunk()
+    wanted, group = FORWARD["scan"][0]
+    R = min(wanted, 64 // N)            # 16 entries of states a thread; backward, those of 8 tokens fill its registers
+    blocks, per, segments = cut(v, R, 16, segments)
     y, h1 = torch.empty_like(v), torch.empty_like(h)
-    states = v.new_empty(B, cdiv(T, CHUNK), N, D) if save else v.new_empty(0)
+    states = v.new_empty(B, cdiv(T, C), N, D) if save else v.new_empty(0)
     ends, spans = h.new_empty(B, segments, D, N), h.new_empty(B, segments, D)
     for alone in ((True, False) if segments > 1 else (False,)):
-        _forward[blocks, B, segments](q, k, v, dt, A, start.view(torch.uint8), h, ends, spans, y, states, h1, T, D, per,
-                                      N, CHUNK, save and not alone, alone, num_warps=1)
+        _forward[blocks, B, segments - alone](q, k, v, dt, A, start.view(torch.uint8), h, ends, spans, y, states, h1, T,
+                                              per, segments, D, N, C, R, min(group, C), save and not alone, alone,
+                                              num_warps=1)
     return y, h1, states
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, states: Tensor, dy: Tensor,
              dh: Tensor, segments: int = 0) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, dt, A and the state before the first token."""
-    (B, T, D), N = v.shape, A.shape[1]
-    blocks, per, segments = cut(v, N, segments)
+    (B, T, D), N, C = v.shape, A.shape[1], chunk()
+    R = 4 if N <= 16 else 1
+    blocks, per, segments = cut(v, R, 8, segments)
     ends, spans, fresh = dh.new_empty(B, segments, D, N), dh.new_empty(B, segments, D), start.view(torch.uint8)
     if segments > 1:
-        _backward_ends[blocks, B, segments](q, dt, A, fresh, dy, ends, spans, T, D, per * CHUNK, N, num_warps=1)
+        _backward_ends[blocks, B, segments - 1](q, dt, A, fresh, dy, ends, spans, T, per, D, N, C, R, 4, num_warps=1)
     dq, dk = torch.empty(2, blocks, B, T, N, device=v.device)
     dv, ddt, dA, dh0 = torch.empty_like(v), torch.empty_like(dt), dh.new_empty(B * segments, D, N), torch.empty_like(dh)
-    _backward[blocks, B, segments](q, k, v, dt, A, fresh, states, dy, dh, ends, spans, dq, dk, dv, ddt, dA, dh0, T, D,
-                                   per * CHUNK, N, CHUNK, num_warps=1)
+    _backward[blocks, B, segments](q, k, v, dt, A, fresh, states, dy, dh, ends, spans, dq, dk, dv, ddt, dA, dh0, T, per,
+                                   D, N, C, R, num_warps=1)
     return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, ddt, dA.sum(0), dh0

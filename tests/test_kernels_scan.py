@@ -45,8 +45,8 @@ def test_segments_of_a_row_side_by_side_equal_the_recurrence(begins: str):
 
 
 def test_long_rows_of_few_channels_are_cut_into_segments():
-    assert kernels.cut(torch.empty(1, 1, 64).expand(1, 32768, 64), 16, 0) == (2, 32, 128)
-    assert kernels.cut(torch.empty(1, 1, 4096).expand(8, 32768, 4096), 16, 0) == (128, 4096, 1)
+    assert kernels.cut(torch.empty(1, 1, 64).expand(1, 32768, 64), 4, 8, 0) == (2, 32, 128)
+    assert kernels.cut(torch.empty(1, 1, 4096).expand(8, 32768, 4096), 4, 8, 0) == (128, 4096, 1)
 
 
 @pytest.mark.parametrize("what", ["v", "dt", "k"])
