@@ -3,9 +3,9 @@
 Channels come from one product and leave in up to three parts, queries, keys and values, each in memory of its own: what
 follows wants them apart, and copies would cost as much as all this. A part whose length is 0 keeps its heads' own.
 
-A row is extended to the left by the W - 1 inputs before it, at tokens -(W-1) to -1: outputs, gradients and the state
-after the row are then all tiles of one range of tokens. Documents need no running count: a tap is dropped from the
-token on at which a document began.
+A program walks several spans of a row side by side, a token of each at a step, with the last W inputs in registers: all
+is read once but for the W - 1 tokens before a span, which for the first are the inputs before the row. Backward it
+walks W - 1 tokens further, until what it began is whole. A document's first token empties what is in registers.
 """
 from __future__ import annotations
 
@@ -19,32 +19,49 @@ from torch import Tensor
 
 from stepladder.kernels.tiles import cdiv, power
 
-TILE = 4096                  # elements; a quarter of it where sums over tokens are held besides
-SEGMENT = 128                # tokens that a program adds up before its sums go to memory: 1/20 of the bytes of a pass
+# Elements of a step, tokens of a span and warps; the first runs.
+FORWARD: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "conv": ((1024, 32, 4), (1024, 16, 4), (512, 32, 4), (2048, 32, 8))}
+BACKWARD: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "conv": ((1024, 60, 4), (512, 60, 4), (1024, 28, 4), (512, 124, 4))}
+STEPS = 4                    # tokens whose inputs are loaded together
 
 
 @triton.jit
-def _inputs(x, before, b, t, c, T, C, first, W: tl.constexpr):
-    """Tokens t of the extended row (BT, BC) in fp32, zero beyond its ends; first: the smallest t."""
-    ok = (c < C)[None, :]
-    rows = (b.to(tl.int64) * T + t)[:, None] * C + c[None, :]
-    tile = tl.load(x + rows, mask=((t >= 0) & (t < T))[:, None] & ok, other=0.0).to(tl.float32)
-    if first < 0:                       # few programs see what was before the row
-        rows = (b.to(tl.int64) * (W - 1) + t + W - 1)[:, None] * C + c[None, :]
-        tile += tl.load(before + rows, mask=((t < 0) & (t > -W))[:, None] & ok, other=0.0).to(tl.float32)
-    return tile
+def _taps(w, c, C, W: tl.constexpr):
+    """Those of lags 0 to W - 1, (1, BC) each."""
+    taps = ()
+    for lag in tl.static_range(W):
+        taps += (tl.load(w + c * W + W - 1 - lag, mask=c < C, other=0.0).to(tl.float32)[None, :],)
+    return taps
 
 
 @triton.jit
-def _reach(start, b, t, T, W: tl.constexpr, STEP: tl.constexpr):
-    """How many of the W - 1 tokens t, t + STEP, ... are passed until one begins a document."""
-    go = tl.full(t.shape, 1, tl.int32)
-    reach = tl.zeros_like(go)
+def _begins(start, b, t, T):
+    """Whether a document begins at tokens t (S, 1)."""
+    return tl.load(start + b * T + t, mask=(t >= 0) & (t < T), other=0) != 0
+
+
+@triton.jit
+def _next(seen, x, fresh, W: tl.constexpr):
+    """The last W inputs of a document, the newest first. where, not a product: a NaN stays in its document."""
+    new = (x.to(tl.float32),)
     for j in tl.static_range(W - 1):
-        at = t + STEP * j
-        go = go * (tl.load(start + b.to(tl.int64) * T + at, mask=(at >= 0) & (at < T), other=0) == 0)
-        reach += go
-    return reach[:, None]
+        new += (tl.where(fresh, 0.0, seen[j]),)
+    return new
+
+
+@triton.jit
+def _earlier(x, before, start, b, t, c, T, C, W: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+    """The W inputs up to the token before t (S, 1), how many of the last W - 1 of them are of t's document."""
+    seen, reach, ok = (tl.zeros([S, BC], tl.float32),) * W, tl.full([S, 1], W - 1, tl.int32), c[None, :] < C
+    for i in tl.static_range(W - 1):
+        at = t + i - (W - 1)
+        new = tl.load(x + (b * T + at) * C + c[None, :], mask=(at >= 0) & (at < T) & ok, other=0.0)
+        new += tl.load(before + (b * (W - 1) + at + W - 1) * C + c[None, :], mask=(at < 0) & ok, other=0.0)
+        fresh = _begins(start, b, at, T)
+        seen, reach = _next(seen, new, fresh, W), tl.where(fresh, 0, tl.minimum(reach + 1, W - 1))
+    return seen, reach
 
 
 @triton.jit
@@ -59,98 +76,96 @@ def _part(c, C, C0, C1, z0, z1, z2, length0, length1, length2):
 
 
 @triton.jit
-def _forward(x, w, bias, start, before, y0, y1, y2, after, T, C, C0, C1, length0, length1, length2, eps,
-             W: tl.constexpr, BIAS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    c0, b = tl.program_id(0) * BC, tl.program_id(2)
-    first = tl.program_id(1) * BT - (W - 1)
-    c, t = c0 + tl.arange(0, BC), first + tl.arange(0, BT)
-    ok = (c < C)[None, :]
-    reach = _reach(start, b, t, T, W, -1)
-    total = tl.zeros([BT, BC], tl.float32)
-    if BIAS:
-        total += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    for lag in tl.static_range(W):
-        tap = tl.load(w + c * W + W - 1 - lag, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        # where, not a product: a NaN stays in its document
-        total += tl.where(lag <= reach, _inputs(x, before, b, t - lag, c, T, C, first - lag, W), 0.0) * tap
-    total *= tl.sigmoid(total)
-    y, low, size, length = _part(c0, C, C0, C1, y0, y1, y2, length0, length1, length2)
-    if length > 0:                      # a block of channels is a head
-        total *= (length * tl.rsqrt(tl.sum(total * total, 1) + eps))[:, None]
-    rows = (b.to(tl.int64) * T + t)[:, None] * size + (c - low)[None, :]
-    tl.store(y + rows, total.to(y0.dtype.element_ty), mask=((t >= 0) & (t < T))[:, None] & ok)
-    if first + BT > T - (W - 1):        # the last inputs are what is before the next token
-        whole = _reach(start, b, t + 1, T, W, 1) == W - 1
-        kept = tl.where(whole, _inputs(x, before, b, t, c, T, C, first, W), 0.0)
-        at = t - (T - (W - 1))
-        rows = (b.to(tl.int64) * (W - 1) + at)[:, None] * C + c[None, :]
-        tl.store(after + rows, kept.to(after.dtype.element_ty), mask=((at >= 0) & (t < T))[:, None] & ok)
+def _sum(seen, taps, shift, W: tl.constexpr):
+    total = shift + seen[0] * taps[0]
+    for lag in tl.static_range(1, W):
+        total += seen[lag] * taps[lag]
+    return total
 
 
 @triton.jit
-def _slopes(x, w, bias, start, before, dy0, dy1, dy2, dc, partial, T, C, C0, C1, length0, length1, length2, eps, TILES,
-            W: tl.constexpr, BIAS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """Gradients of the convolution's results, and what TILES tiles of tokens add to those of its taps and bias."""
-    c0, b = tl.program_id(0) * BC, tl.program_id(2)
-    c = c0 + tl.arange(0, BC)
-    shift = tl.zeros([1, BC], tl.float32)
+def _load(z, start, b, t, c, T, size, C, G: tl.constexpr):
+    """Tokens t, t + 1, ... of z, and whether documents begin there."""
+    out = ()
+    for i in tl.static_range(G):
+        rows = (b * T + t + i) * size + c[None, :]
+        out += ((tl.load(z + rows, mask=(t + i < T) & (c[None, :] < C), other=0.0), _begins(start, b, t + i, T)),)
+    return out
+
+
+@triton.jit(do_not_specialize=["T", "span"])     # rows of any length run what one of them compiled
+def _forward(x, w, bias, start, before, y0, y1, y2, after, T, C, C0, C1, length0, length1, length2, eps, span,
+             W: tl.constexpr, BIAS: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, G: tl.constexpr):
+    c0, b = tl.program_id(0) * BC, tl.program_id(2).to(tl.int64)
+    c, t = c0 + tl.arange(0, BC), ((tl.program_id(1) * S + tl.arange(0, S)) * span)[:, None]
+    taps, shift, ok = _taps(w, c, C, W), tl.zeros([1, BC], tl.float32), (c < C)[None, :]
+    if BIAS:
+        shift += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    y, low, size, length = _part(c0, C, C0, C1, y0, y1, y2, length0, length1, length2)
+    seen, _ = _earlier(x, before, start, b, t, c, T, C, W, S, BC)
+    for g in range(0, span, G):
+        inputs = _load(x, start, b, t + g, c, T, C, C, G)
+        for i in tl.static_range(G):
+            seen = _next(seen, inputs[i][0], inputs[i][1], W)
+            total, at = _sum(seen, taps, shift, W), t + g + i
+            total *= tl.sigmoid(total)
+            if length > 0:              # a block of channels is a head
+                total *= (length * tl.rsqrt(tl.sum(total * total, 1) + eps))[:, None]
+            tl.store(y + (b * T + at) * size + (c - low)[None, :], total.to(y0.dtype.element_ty), mask=(at < T) & ok)
+    if (tl.program_id(1) + 1) * S * span >= T:          # the last inputs are what is before the next token
+        last, _reach = _earlier(x, before, start, b, tl.full([1, 1], T, tl.int32), c, T, C, W, 1, BC)
+        for j in tl.static_range(W - 1):
+            rows = (b * (W - 1) + W - 2 - j) * C + c[None, :]
+            tl.store(after + rows, last[j].to(after.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["T", "span"])
+def _backward(x, w, bias, start, before, dy0, dy1, dy2, dafter, dx, dbefore, partial, T, C, C0, C1, length0, length1,
+              length2, eps, span, W: tl.constexpr, BIAS: tl.constexpr, S: tl.constexpr, BC: tl.constexpr,
+              G: tl.constexpr):
+    """Gradients of the inputs, and what these spans add to those of the taps and the bias."""
+    c0, b = tl.program_id(0) * BC, tl.program_id(2).to(tl.int64)
+    c, t = c0 + tl.arange(0, BC), ((tl.program_id(1) * S + tl.arange(0, S)) * span)[:, None]
+    taps, shift, ok = _taps(w, c, C, W), tl.zeros([1, BC], tl.float32), (c < C)[None, :]
     if BIAS:
         shift += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     dy, low, size, length = _part(c0, C, C0, C1, dy0, dy1, dy2, length0, length1, length2)
-    sums = (tl.zeros([BT, BC], tl.float32),) * (W + 1)
-    for i in range(TILES):
-        first = (tl.program_id(1) * TILES + i) * BT
-        t = first + tl.arange(0, BT)
-        inside = (t < T)[:, None] & (c < C)[None, :]
-        reach, taps, total = _reach(start, b, t, T, W, -1), (), shift + tl.zeros([BT, BC], tl.float32)
-        for lag in tl.static_range(W):
-            tap = tl.load(w + c * W + W - 1 - lag, mask=c < C, other=0.0).to(tl.float32)[None, :]
-            seen = tl.where(lag <= reach, _inputs(x, before, b, t - lag, c, T, C, first - lag, W), 0.0)
-            total += seen * tap
-            taps += (seen,)
-        row = (b.to(tl.int64) * T + t)[:, None]
-        d = tl.load(dy + row * size + (c - low)[None, :], mask=inside, other=0.0).to(tl.float32)
-        open = tl.sigmoid(total)
-        if length > 0:                  # of n = length y / |y| that of y is (dn - y <y, dn> / |y|^2) length / |y|
-            y = total * open
-            r = tl.rsqrt(tl.sum(y * y, 1) + eps)[:, None]
-            d = length * r * (d - y * (r * r * tl.sum(y * d, 1)[:, None]))
-        d = tl.where(inside, d * open * (1 + total * (1 - open)), 0.0)
-        tl.store(dc + row * C + c[None, :], d.to(dc.dtype.element_ty), mask=inside)
-        new = ()
-        for lag in tl.static_range(W):
-            new += (sums[lag] + taps[lag] * d,)
-        new += (sums[W] + d,)
-        sums = new
-    at = (b.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (W + 1)
+    seen, reach = _earlier(x, before, start, b, t, c, T, C, W, S, BC)
+    none = tl.zeros([S, BC], tl.float32)
+    flow, sums = (none,) * W, (none,) * (W + 1)          # of the last W inputs, the newest first
+    for g in range(0, span + W - 1, G):
+        inputs = _load(x, start, b, t + g, c, T, C, C, G)
+        slopes = _load(dy - low, start, b, t + g, c, T, size, C, G)
+        for i in tl.static_range(G):
+            at = t + g + i
+            fresh = inputs[i][1]
+            seen, reach = _next(seen, inputs[i][0], fresh, W), tl.where(fresh, 0, tl.minimum(reach + 1, W - 1))
+            total, d = _sum(seen, taps, shift, W), slopes[i][0].to(tl.float32)
+            open = tl.sigmoid(total)
+            if length > 0:              # of n = length y / |y| that of y is (dn - y <y, dn> / |y|^2) length / |y|
+                y = total * open
+                r = tl.rsqrt(tl.sum(y * y, 1) + eps)[:, None]
+                d = length * r * (d - y * (r * r * tl.sum(y * d, 1)[:, None]))
+            d = tl.where(at < T, d * open * (1 + total * (1 - open)), 0.0)
+            own = tl.where(g + i < span, d, 0.0)
+            whole, more = (d * taps[0],), (sums[0] + seen[0] * own,)
+            for lag in tl.static_range(1, W):
+                whole += (flow[lag - 1] + tl.where(lag <= reach, d, 0.0) * taps[lag],)
+                more += (sums[lag] + seen[lag] * own,)
+            more += (sums[W] + own,)
+            flow, sums = whole, more
+            of = at - (W - 1)            # the token whose gradient is whole
+            last = (of >= T - (W - 1)) & (of < T) & (reach == W - 1) & ok
+            rows = (b * (W - 1) + of - (T - (W - 1))) * C + c[None, :]
+            out = flow[W - 1] + tl.load(dafter + rows, mask=last, other=0.0).to(tl.float32)
+            mine = (of >= t) & (of < t + span) & (of < T) & ok
+            tl.store(dx + (b * T + of) * C + c[None, :], out.to(dx.dtype.element_ty), mask=mine)
+            rows = (b * (W - 1) + of + W - 1) * C + c[None, :]
+            tl.store(dbefore + rows, out.to(dbefore.dtype.element_ty), mask=(of < 0) & ok)
+    at = (b * tl.num_programs(1) + tl.program_id(1)) * (W + 1)
     for lag in tl.static_range(W):
         tl.store(partial + (at + W - 1 - lag) * C + c, tl.sum(sums[lag], 0), mask=c < C)
     tl.store(partial + (at + W) * C + c, tl.sum(sums[W], 0), mask=c < C)
-
-
-@triton.jit
-def _mirrored(dc, w, start, dafter, dx, dbefore, T, C, W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """Gradients of the inputs: the filter turned round, over the gradients of its results."""
-    b = tl.program_id(2)
-    first = tl.program_id(1) * BT - (W - 1)
-    c, t = tl.program_id(0) * BC + tl.arange(0, BC), first + tl.arange(0, BT)
-    ok = (c < C)[None, :]
-    rows = (b.to(tl.int64) * T + t)[:, None] * C + c[None, :]
-    reach = _reach(start, b, t + 1, T, W, 1)
-    total = tl.zeros([BT, BC], tl.float32)
-    for ahead in tl.static_range(W):
-        inside = ((t + ahead >= 0) & (t + ahead < T))[:, None] & ok
-        d = tl.load(dc + rows + ahead * C, mask=inside & (ahead <= reach), other=0.0).to(tl.float32)
-        total += d * tl.load(w + c * W + W - 1 - ahead, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    at = t - (T - (W - 1))
-    if first + BT > T - (W - 1):        # what the state after the row keeps has no document begin behind it
-        kept = ((at >= 0) & (t < T))[:, None] & (reach == W - 1) & ok
-        last = (b.to(tl.int64) * (W - 1) + at)[:, None] * C + c[None, :]
-        total += tl.load(dafter + last, mask=kept, other=0.0).to(tl.float32)
-    tl.store(dx + rows, total.to(dx.dtype.element_ty), mask=((t >= 0) & (t < T))[:, None] & ok)
-    if first < 0:
-        rows = (b.to(tl.int64) * (W - 1) + t + W - 1)[:, None] * C + c[None, :]
-        tl.store(dbefore + rows, total.to(dbefore.dtype.element_ty), mask=((t < 0) & (t > -W))[:, None] & ok)
 
 
 def block(sizes: list[int], lengths: list[float], head: int) -> int:
@@ -167,6 +182,14 @@ def three(parts: list[Tensor], sizes: list[int], lengths: list[float]) -> tuple[
     return parts + parts[:1] * more, (sizes + [0] * more)[:2], lengths + [0.0] * more
 
 
+def cut(T: int, BC: int, config: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Spans of a program, tokens of a span, programs of a row, warps."""
+    elements, span, warps = config
+    S = max(1, min(elements // BC, power(T)))
+    span = min(span, STEPS * cdiv(T, S * STEPS))
+    return S, span, cdiv(T, S * span), warps
+
+
 def forward(x: Tensor, w: Tensor, bias: Tensor | None, start: Tensor, before: Tensor, sizes: list[int],
             lengths: list[float], head: int, eps: float) -> list[Tensor]:
     """x (B, T, C), w (C, W), bias (C,), start (B, T), before (B, W - 1, C), all contiguous -> parts, and what is after.
@@ -175,10 +198,11 @@ def forward(x: Tensor, w: Tensor, bias: Tensor | None, start: Tensor, before: Te
     """
     (B, T, C), W = x.shape, w.shape[1]
     parts, after, BC = [x.new_empty(B, T, n) for n in sizes], x.new_empty(B, W - 1, C), block(sizes, lengths, head)
-    BT, (ys, ends, wanted) = min(TILE // BC, power(T + W - 1)), three(parts, sizes, lengths)
-    _forward[(cdiv(C, BC), cdiv(T + W - 1, BT), B)](
-        x, w, bias, start.view(torch.uint8), before, *ys, after, T, C, *ends, *wanted, eps, W=W, BIAS=bias is not None,
-        BT=BT, BC=BC)
+    S, span, programs, warps = cut(T, BC, FORWARD["conv"][0])
+    ys, ends, wanted = three(parts, sizes, lengths)
+    _forward[(cdiv(C, BC), programs, B)](
+        x, w, bias, start.view(torch.uint8), before, *ys, after, T, C, *ends, *wanted, eps, span, W=W,
+        BIAS=bias is not None, S=S, BC=BC, G=STEPS, num_warps=warps)
     return [*parts, after]
 
 
@@ -187,16 +211,11 @@ def backward(x: Tensor, w: Tensor, bias: Tensor | None, start: Tensor, before: T
              dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w, bias and before, those of w and bias in fp32."""
     (B, T, C), W = x.shape, w.shape[1]
-    dc, dx, dbefore = torch.empty_like(x), torch.empty_like(x), torch.empty_like(before)
-    BC, (dys, ends, wanted) = block(sizes, lengths, head), three(dparts, sizes, lengths)
-    BT, start = min(TILE // 4 // BC, power(T)), start.view(torch.uint8)
-    tiles = cdiv(min(SEGMENT, T), BT)
-    segments = cdiv(T, tiles * BT)
-    partial = x.new_empty(B * segments, W + 1, C, dtype=torch.float32)
-    _slopes[(cdiv(C, BC), segments, B)](
-        x, w, bias, start, before, *dys, dc, partial, T, C, *ends, *wanted, eps, tiles, W=W, BIAS=bias is not None,
-        BT=BT, BC=BC)
-    BT = min(TILE // BC, power(T + W - 1))
-    _mirrored[(cdiv(C, BC), cdiv(T + W - 1, BT), B)](
-        dc, w, start, dafter, dx, dbefore, T, C, W=W, BT=BT, BC=BC)
+    dx, dbefore, BC = torch.empty_like(x), torch.empty_like(before), block(sizes, lengths, head)
+    S, span, programs, warps = cut(T, BC, BACKWARD["conv"][0])
+    dys, ends, wanted = three(dparts, sizes, lengths)
+    partial = x.new_empty(B * programs, W + 1, C, dtype=torch.float32)
+    _backward[(cdiv(C, BC), programs, B)](
+        x, w, bias, start.view(torch.uint8), before, *dys, dafter, dx, dbefore, partial, T, C, *ends, *wanted, eps,
+        span, W=W, BIAS=bias is not None, S=S, BC=BC, G=STEPS, num_warps=warps)
     return dx, partial[:, :W].sum(0).t().contiguous(), partial[:, W].sum(0), dbefore

@@ -58,9 +58,9 @@ def test_a_filter_of_one_tap_has_no_state(poisoned: None) -> None:
     agree(*(lambda f=f, **x: (f(**x, **held)[0],) for f in both()), made, 1e-5)
 
 
-def test_tiles_and_segments_of_a_long_row_join(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
-    monkeypatch.setattr(conv.kernels, "TILE", 128)             # 4 tokens, and 1 where sums are held
-    monkeypatch.setattr(conv.kernels, "SEGMENT", 7)
+def test_spans_of_a_long_row_join(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    for table in (conv.kernels.FORWARD, conv.kernels.BACKWARD):
+        monkeypatch.setitem(table, "conv", ((64, 4, 1),))      # two spans of 4 tokens a program
     agree(*both((32, 16), (1.0,), 32), inputs(19, 48, 4, [4, 6, 18], B=1), 1e-5)
 
 
@@ -114,7 +114,7 @@ def test_the_op_says_what_it_does_and_traces_without_a_break() -> None:
 
 def test_it_compiles_for_sm_90_without_spills() -> None:
     found = fused.compiled("conv")
-    assert {one["kernel"] for one in found} == {"_forward", "_slopes", "_mirrored"}
+    assert {one["kernel"] for one in found} == {"_forward", "_backward"}
     assert all(one["spills"] <= 64 and one["shared"] <= 112 << 10 for one in found), found
 
 

@@ -119,6 +119,7 @@ def scan(B: int, T: int, K: int, V: int, peer: bool) -> Case:
 
 
 def prologue(B: int, T: int, K: int, V: int, peer: bool) -> Case:
+    from stepladder.kernels import conv as kernels
     from stepladder.ops import conv as ops
     sizes, W = [HEADS * K, HEADS * K, HEADS * V], 4
     C, start = sum(sizes), torch.zeros(B, T, dtype=torch.bool, device="cuda")
@@ -134,7 +135,8 @@ def prologue(B: int, T: int, K: int, V: int, peer: bool) -> Case:
             return l2_norm(q) * K**-0.5, l2_norm(k), v.contiguous()
     n = B * T * C
     return Case(inputs, lambda x, w, before: tuple(ops.fused(x, w, start, before, None, sizes, [K**-0.5, 1.0, 0.0], K)),
-                theirs, (4 * n, 6 * n), (0, 0), {})
+                theirs, (4 * n, 6 * n), (0, 0),
+                {"FORWARD": (vars(kernels)["FORWARD"], "conv"), "BACKWARD": (vars(kernels)["BACKWARD"], "conv")})
 
 
 def epilogue(B: int, T: int, K: int, V: int, peer: bool) -> Case:
