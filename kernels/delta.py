@@ -21,10 +21,12 @@ from torch import Tensor
 from stepladder.kernels.tiles import LOG2E, cdiv, dot, power, processors
 
 # Columns of the state, warps, stages, by the size of keys; the first is taken, the others are what a bench may try.
+# One stage is not among them: without buffers to step through, all addresses of operands are constants, and ptxas 12.8
+# takes some of them from wrong registers. Nor are eight warps: a product of 64 rows has work for four.
 ACROSS = {
     64: [(64, 4, 2), (32, 4, 2)],
-    128: [(32, 4, 2), (64, 4, 2), (64, 4, 1), (32, 4, 1)],
-    256: [(32, 4, 2), (32, 8, 2)],
+    128: [(32, 4, 2), (64, 4, 2)],
+    256: [(32, 4, 2)],
 }
 FLOOR = tl.constexpr(-1e5)    # exp2 of it is 0, and differences of sums of it are no NaN, as those of -inf would be
 

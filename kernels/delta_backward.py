@@ -19,10 +19,12 @@ from stepladder.kernels.tiles import cdiv, dot, power
 # By the size of keys; the first is taken, the others are what a bench may try.
 REVERSE = {      # columns of the state, warps, stages
     64: [(64, 4, 2), (32, 4, 2)],
-    128: [(32, 4, 2), (64, 4, 1), (64, 4, 2), (64, 8, 2)],
-    256: [(32, 8, 1), (32, 4, 2)],
+    128: [(32, 4, 2), (64, 4, 2)],
+    256: [(32, 4, 2)],
 }
 # By the larger size: columns of keys and of values, warps, stages, registers a thread; 128 let two blocks run at once.
+# With gates there is one stage: triton 3.6 and 3.7 give what both a product and an element read (S and dS of `kept`)
+# one buffer, and the next copy overwrites what the product still reads: dk and dg were wrong, now and then.
 GRADIENTS = {
     64: [(32, 32, 8, 2, 128), (32, 32, 8, 2, None)],
     128: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None), (32, 64, 8, 1, 128), (64, 64, 8, 1, 128)],
@@ -195,7 +197,7 @@ def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, 
     BK, BV = min(BK, K // 2), min(BV, V // 2)
     _gradients[NT, B * H](q, k, beta if g is None else g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg,
                           dbeta, T, H, G, K, V, C, BK, BV, g is not None, even, num_warps=warps,
-                          num_stages=stages, maxnreg=registers)
+                          num_stages=stages if g is None else 1, maxnreg=registers)
     if G < H:
         dq, dk = (z.unflatten(2, (G, -1)).sum(3).to(q.dtype) for z in (dq, dk))
     return dq, dk, dv, dbeta, dg, before[:, :, 0].contiguous() if segments > 1 else before
