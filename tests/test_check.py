@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def looks(rank: int, n: int, bad: Path, crime: str) -> None:
     """`stepladder check` on four processes of the machines n1 and n2."""
     if crime == "silent" and rank == 3:
         return time.sleep(4)
+    check.GOODBYE = timedelta(seconds=0.5)                    # who is silent does not hear it
     if crime == "sum" and rank == 3:
         check.add_up = lambda *_: None
     also = "test $RANK != 2" if crime == "one" else "false" if crime == "all" else "true"

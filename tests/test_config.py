@@ -332,3 +332,9 @@ def test_a_pass_that_cannot_be_recorded_is_refused(monkeypatch, world, changes, 
 def test_a_recorded_pass_needs_a_gpu():
     run = parsed(**{"train.graph": True, "train.device": "cpu"})
     assert says(rules.check, run, 1).startswith("train.graph = true records the work of a GPU, but this run is on the")
+
+
+def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do():
+    run = parsed(**{"data.seq": 32, "data.batch_tokens": 192, "data.rows": 1, "data.lanes": 2, "parallel.tp": 2})
+    assert says(rules.check, run, 6).endswith("as it is, it runs on dp = 1, 2 (2, 4 processes)")
+    rules.check(run, 4)

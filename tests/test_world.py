@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stepladder.launch import world
+from stepladder.launch import config, world
 from stepladder.launch.world import World, first_host, told
 
 RANKS = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
@@ -156,7 +156,7 @@ def test_a_run_starts_under_torchrun_and_goes_on_after_its_restart(tmp_path: Pat
     program.write_text("""
 import datetime, os
 import torch
-from stepladder.launch import world
+from stepladder.launch import config, world
 w = world.find()
 store = w.meet()
 store.set(str(w.rank), "here")
@@ -176,3 +176,28 @@ open(f"said-{w.rank}-{w.attempt}", "w").write(said)      # what two ranks print 
     assert done.returncode == 0, done.stderr
     assert {f.name: f.read_text() for f in tmp_path.glob("said-*")} == {
         f"said-{r}-1": f"torchrun {r}/2 node 0 attempt 1 sum 2" for r in range(2)}
+
+
+DEMO = Path(__file__).parents[1] / "examples/demo.toml"
+
+
+def test_copy_engines_over_a_slow_link_are_refused():
+    run = config.load(DEMO, ["parallel.tp=8", "parallel.copies=true"])
+    for local, size in ((0, 16), (8, 16), (8, 8)):          # nobody told, inside the machine, one machine
+        world.refuse_far_copies(run, World(0, size, 0, "torchrun", local))
+    with pytest.raises(ValueError, match=r"^parallel.copies = true copies between GPUs of one machine, but parallel.tp "
+                                         r"= 8 leaves its machine, which has 4 ranks; set it to false$"):
+        world.refuse_far_copies(run, World(0, 16, 0, "torchrun", 4))
+
+
+def test_tensor_parallelism_over_a_slow_link_is_warned_of_with_its_cost():
+    big = ["model.width=4096", "model.layers=32", "parallel.tp=8", "train.dtype=bf16"]
+    run, flops = config.load(DEMO, big), 48e9
+    for local, size in ((0, 16), (8, 16), (16, 16), (16, 32), (4, 4)):
+        assert world.slow_link(run, World(0, size, 0, "torchrun", local), flops, 0) is None
+    said = world.slow_link(run, World(0, 16, 0, "torchrun", 4), flops, 0)
+    assert said is not None
+    # 4 x 32 sums of 4096 x 2 bytes, 14/8 of each sent, over 50 GB/s; 48 GFLOP on 8 GPUs at 0.4 x 989 TFLOP/s
+    assert "parallel.tp = 8 leaves its machine, which has 4 ranks: each token then moves 1.8 MB" in said
+    assert " 37 us over 50 GB/s between machines (4.1 us over 450 GB/s inside one) beside 15 us of" in said
+    assert said.endswith("lower parallel.tp to a divisor of 4, or start a multiple of 8 ranks a machine")
