@@ -41,7 +41,7 @@ class Events:
         self.goes_on("cut off")
 
     def add(self, event: str, **facts: Any) -> None:
-        """One line: start, resume, signal, skip, fault or end, and what is known about it."""
+        """One line: start, resume, signal, skip, unsaved, fault or end, and what is known about it."""
         if self.main:
             self._write(event, facts)
 

@@ -44,7 +44,7 @@ def said(folder: Path, now: float) -> dict[str, str]:
     out["restarts"] = str(sum(e["event"] == "resume" for e in told))
     saved = sorted(f.name for f in folder.glob("checkpoints/step-????????"))
     out["checkpoint"] = saved[-1] if saved else "none"
-    if faults := [e for e in told if e["event"] == "fault"]:
+    if faults := [e for e in told if e["event"] in ("fault", "unsaved")]:
         out["last error"] = f"{faults[-1]['error']} ({_ago(now - faults[-1]['time'])})"
     return out
 

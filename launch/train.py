@@ -72,7 +72,7 @@ class Trainer:
         self.plan, self.device = config.derived(run, w.size), mesh.device
         _numerics(self.plan, run.train.dtype)
         self.store = Store(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every,
-                           background=run.checkpoint.background, on_failure=self._tell, note=self._tell)
+                           background=run.checkpoint.background, on_failure=self._unsaved, note=self._tell)
         self.log: Log | None = None
         start = self._choose(resume)
         meta = checkpoint.meta(start) if start is not None else {}
@@ -135,6 +135,10 @@ class Trainer:
             self.log.note(text)
         elif self.world.main:
             print(text, flush=True)
+
+    def _unsaved(self, why: str) -> None:
+        self._tell(why)
+        self.events.add("unsaved", error=why)
 
     def _introduce(self, start: Path | None) -> None:
         total, active = parameters(self.run.model)

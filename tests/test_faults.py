@@ -10,7 +10,7 @@ Where each lives, of those that are not in this file:
 | SIGKILL of any rank, at random moments | soak.py (`make soak`) |
 | a network that is cut | test_slurm.py: test_ranks_whose_network_is_cut_end_and_go_on_when_it_is_back |
 | a rank that sleeps or dies, and who is named | test_watch.py |
-| a full disk in a save | test_bad_input.py: test_a_full_disk_costs_a_checkpoint_and_not_the_run |
+| a file that may not grow, in a save | test_bad_input.py: test_a_full_disk_costs_a_checkpoint_and_not_the_run |
 | a full disk of a cache | test_streaming.py: test_a_full_disk_and_a_cache_that_is_gone_cost_the_cache_only |
 | checkpoints damaged in other ways | test_checkpoint_store.py: test_a_damaged_checkpoint_is_passed_over_and_named |
 | USR1, TERM: to one rank, to all, and Slurm's ways of sending them | test_events.py, test_stop.py, test_slurm.py |
@@ -20,6 +20,7 @@ Where each lives, of those that are not in this file:
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -29,7 +30,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ from test_watch import ends
 from stepladder.data.loader import _Crew
 from stepladder.data.manifest import Columns
 from stepladder.data.shards import Corpus
-from stepladder.launch import events
+from stepladder.launch import events, status
 from stepladder.launch.stop import Stop
 from stepladder.parallel.checkpoint import Store
 from stepladder.parallel.optimizer import Optimizer, Report
@@ -190,6 +192,44 @@ def test_a_torn_newest_checkpoint_costs_the_steps_since_the_one_before(folder: P
     assert losses(run) == alone
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    (tmp_path / "disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path / "disk"], check=True)
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=True)
+
+
+def crowded(rank: int, n: int, config: Path, disk: Path) -> int:
+    """Trains on a disk that others fill to its last page in step 5, between the first and the second checkpoint."""
+    def fill() -> None:
+        with open(disk / "others", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    if rank == 0:
+        at_step(EVERY + 2, fill)
+    return train(config, disk / "run")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_costs_checkpoints_and_records_and_after_room_is_made_nothing(folder: Path, pair: list[float],  # noqa: F811
+                                                                                  disk: Path):
+    run, config = disk / "run", folder / "run0.toml"
+    assert ranks.run(2, crowded, config, disk) == [1, 1]
+    unsaved = [e["error"] for e in events.read(run) if e["event"] == "unsaved"]
+    for step, why in zip(range(2 * EVERY, STEPS + 1, EVERY), unsaved, strict=True):
+        assert why.startswith(f"step {step} was not saved in {run / 'checkpoints'} (rank ")
+        assert why.endswith("No space left on device); the checkpoints before it are untouched")
+    assert [p.name for p in run.glob("checkpoints/*")] == [f"step-{EVERY:08d}"]
+    assert (run / "unfinished").read_text() == f"step {STEPS} was not saved\n"
+    assert "No space left on device" in status.said(run, time.time())["last error"]
+    (disk / "others").unlink()
+    assert ranks.run(2, runs, config, run) == [0, 0]
+    assert losses(run) == pair
+
+
 def test_a_corrupt_shard_ends_the_run_until_it_is_mended(folder: Path, alone: list[float], tmp_path: Path):  # noqa: F811
     """Another start would fail again, so the marker goes."""
     run, config, shards = tmp_path / "run", tmp_path / "run.toml", tmp_path / "shards"
@@ -261,11 +301,10 @@ TORCHRUN = """-m torch.distributed.run --nnodes 1:2 --nproc-per-node 1 --max-res
 --rdzv-endpoint 127.0.0.1:{} -m stepladder.launch.cli train {} --folder {}"""
 
 
-def test_torchrun_goes_on_with_the_machines_that_are_left_and_the_same_batch(folder: Path, tmp_path: Path):  # noqa: F811
-    """Two agents stand for two machines. One is lost with its rank; the other, which holds the rendezvous, goes on."""
-    config, run, port = tmp_path / "run.toml", tmp_path / "run", free_port()
-    text = (folder / "run0.toml").read_text().replace("fp32", "fp64")          # where little is lost to rounding
-    config.write_text(text.replace(f"steps = {STEPS}", "steps = 40"))
+def elastic(config: Path, run: Path) -> int:
+    """The exit code of one of two agents, which stand for two machines. The other is lost with its rank; this one
+    holds the rendezvous, and goes on."""
+    port = free_port()
     left, lost = (subprocess.Popen([sys.executable, *TORCHRUN.format(host, port, config, run).split()],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for host in ("true", "false"))
     try:
@@ -276,13 +315,29 @@ def test_torchrun_goes_on_with_the_machines_that_are_left_and_the_same_batch(fol
         workers = Path(f"/proc/{lost.pid}/task/{lost.pid}/children").read_text().split()
         for pid in (lost.pid, *map(int, workers)):
             os.kill(pid, signal.SIGKILL)
-        assert left.wait(90) == 0
+        return left.wait(90)
     finally:
         for agent in (left, lost):
             agent.kill()
             agent.wait()
-    assert [e["ranks"] for e in events.read(run) if "ranks" in e] == [2, 1]
-    ranks.run(1, runs, config, tmp_path / "whole")
-    ours, theirs = records(run), records(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def beside(request: pytest.FixtureRequest, folder: Path) -> Iterator[Future[int]]:  # noqa: F811
+    """What is to come of the run that loses a machine: it mostly waits, and does so while others are tested."""
+    config = folder / "elastic.toml"
+    text = (folder / "run0.toml").read_text().replace("fp32", "fp64")          # where little is lost to rounding
+    config.write_text(text.replace(f"steps = {STEPS}", "steps = 40"))
+    asked = any("machines_that_are_left" in item.name for item in request.session.items)
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(elastic, config, folder / "elastic") if asked else Future()
+
+
+def test_torchrun_goes_on_with_the_machines_that_are_left_and_the_same_batch(folder: Path,  # noqa: F811
+                                                                             beside: Future[int]):
+    ranks.run(1, runs, folder / "elastic.toml", folder / "smaller")
+    assert beside.result() == 0
+    assert [e["ranks"] for e in events.read(folder / "elastic") if "ranks" in e] == [2, 1]
+    ours, theirs = records(folder / "elastic"), records(folder / "smaller")
     assert list(ours) == list(theirs)
     assert [r["loss"] for r in ours.values()] == pytest.approx([r["loss"] for r in theirs.values()], rel=1e-6)
