@@ -77,5 +77,5 @@ def gla() -> None:
     """16 heads of 128 with gates in fp32, which take most."""
     q, g, doc = torch.empty(1, 256, 16, 128, dtype=BF16), torch.empty(1, 256, 16, 128), torch.empty(1, 256)
     S = torch.empty(1, 16, 128, 128)
-    y, S, saved, slow = gla_kernels.forward(q, q, q, g, doc.int(), S, 1.0, True)
-    gla_backward_kernels.backward(q, q, q, g, doc.int(), saved, slow, y, S, 1.0)
+    y, S, *saved = gla_kernels.forward(q, q, q, g, doc.int(), S, 1.0, True)
+    gla_backward_kernels.backward(q, q, q, g, doc.int(), *saved, y, S, 1.0)
