@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -39,14 +40,15 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=1,sched_interval=1,bf
 KillWait=10
 CompleteWait=0
 WaitTime=0
-SlurmdTimeout=5
-MessageTimeout=5
+SlurmdTimeout={2}
+MessageTimeout={3}
 UnkillableStepTimeout=15
 NodeName=n[1-{1}] NodeAddr=10.77.0.[1-{1}] CPUs=8 RealMemory=1000000
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
 """
 ENTER = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; export SLURM_CONF=$2/slurm.conf; shift 2; exec "$@"'
+_number = itertools.count()
 INIT = 'mount -t proc proc /proc; slurmd -D -N "$1" & wait; wait'     # as process 1 of a node, bash reaps
 
 
@@ -61,9 +63,10 @@ def missing() -> str:
 class Cluster:
     """`nodes` virtual hosts n1, n2, ... and the controller ctl, on a bridge that leads nowhere else."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, silence: int = 60) -> None:
+        """silence: seconds after which a node that says nothing is down."""
         self.folder, self.nodes = folder, nodes
-        self.tag = f"sl{os.getpid()}"
+        self.tag = f"sl{os.getpid()}-{next(_number)}"          # of one process's clusters, which may run beside another
         self.processes: dict[str, subprocess.Popen] = {}
         for name in ("munge", "state", *(f"spool-n{i}" for i in range(1, nodes + 1))):
             (folder / name).mkdir(parents=True)
@@ -73,7 +76,7 @@ class Cluster:
         hosts = {"ctl": 254, **{f"n{i}": i for i in range(1, nodes + 1)}}
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(
             f"{prefix}10.77.0.{i} {name}\n" for name, i in hosts.items() for prefix in ("", "::ffff:")))
-        (folder / "slurm.conf").write_text(CONFIG.format(folder, nodes))
+        (folder / "slurm.conf").write_text(CONFIG.format(folder, nodes, silence, min(10, silence)))
 
     def __enter__(self) -> Cluster:
         try:
@@ -103,8 +106,12 @@ class Cluster:
                      f"netns {self.tag}-n{i}", f"-n ctl link set v{i} master br0 up", f"-n n{i} link set lo up",
                      f"-n n{i} addr add 10.77.0.{i}/24 dev eth0", f"-n n{i} link set eth0 up")
             self.on(f"n{i}")
-        self._wait("the nodes", lambda: len(self.call("sinfo", "-h", "-N", "-p", "low", "-t", "idle",
-                                                      check=False).split("\n")) > self.nodes)
+        self.idle()
+
+    def idle(self) -> None:
+        """Wait until no node has anything to do."""
+        asks = "sinfo", "-h", "-N", "-p", "low", "-t", "idle"
+        self._wait("the nodes", lambda: self.call(*asks, check=False).count("\n") == self.nodes, 30)
 
     def on(self, node: str) -> None:
         """Power on."""
@@ -161,13 +168,14 @@ class Cluster:
 
     def _wait(self, what: str, there: Callable[[], bool], limit: float = 15,
               why: Callable[[], str] = lambda: "") -> None:
-        end = time.monotonic() + limit
+        began = time.monotonic()
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if there():
                     return
-            assert time.monotonic() < end, f"waited {limit:.0f} s for {what}; {why()}\n{self._logs()}"
-            time.sleep(0.1)
+            waited = time.monotonic() - began
+            assert waited < limit, f"waited {limit:.0f} s for {what}; {why()}\n{self._logs()}"
+            time.sleep(min(0.5, 0.05 + waited / 20))         # asking costs a hundredth of a second of a core
 
     def _logs(self) -> str:
         return "".join(f"--- {f.name}\n{f.read_text(errors='replace')[-800:]}\n" for f in self.folder.glob("*.out"))

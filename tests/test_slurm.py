@@ -1,29 +1,70 @@
 """Jobs on a real Slurm cluster: slurm/train.sbatch starts, stops and restarts runs as it says."""
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import cluster
-import corpora
+import jobs
 import pytest
 import ranks
-from test_resume import RUN, lambda_train, records
+from test_resume import lambda_train, records, train
 
-from stepladder.launch import cli, events, slurm
+from stepladder.launch import events, slurm
 from stepladder.parallel.watch import EXIT
 
 needs_slurm = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())
 
 
 @pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where whole runs are, and their shards and run.toml."""
+    folder = tmp_path_factory.mktemp("whole")
+    jobs.run_file(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def beside(request: pytest.FixtureRequest, whole: Path) -> Iterator[dict[str, tuple[Future, Path]]]:
+    """The jobs of whole runs that tests ask for: they go on while the short ones are tested."""
+    asked = {item.callspec.params.get("ended") for item in request.session.items if hasattr(item, "callspec")}
+    every = jobs.prepared(whole) if asked - {None} and not cluster.missing() else {}
+    with ThreadPoolExecutor(3) as pool:
+        yield {name: (pool.submit(job, folder), folder) for name, (job, folder) in every.items() if name in asked}
+
+
+@pytest.fixture
+def ended(request: pytest.FixtureRequest, beside: dict[str, tuple[Future, Path]]) -> tuple[Path, Any]:
+    """The folder of such a job, and what Slurm says of it in the end."""
+    job, folder = beside[request.param]
+    return folder, job.result()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole: Path) -> Path:
+    """The same run on two gloo ranks of this machine."""
+    ranks.run(2, lambda_train, whole / "run.toml", whole / "run")
+    return whole / "run"
+
+
+def losses(run: Path, steps: int = jobs.STEPS) -> list[float]:
+    found = records(run)
+    assert list(found) == list(range(1, steps + 1))
+    return [r["loss"] for r in found.values()]
+
+
+@pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
     assert not cluster.missing()
-    with cluster.Cluster(tmp_path_factory.mktemp("slurm"), 3) as up:
+    with cluster.Cluster(tmp_path_factory.mktemp("slurm"), 3, silence=5) as up:
         yield up
 
 
@@ -40,6 +81,7 @@ def job(nodes: cluster.Cluster, tmp_path: Path) -> Callable[..., str]:
         script.write_text(slurm.filled(slurm.TEMPLATE.read_text(), {"nodes": "2", "gpus-per-node": ""}, {
             "PER_NODE": "1", "START": "srun", "FOLDER": f"{tmp_path}/run", "BIN": str(stepladder.parent),
             "CHECK": [], **settings}))
+        nodes.idle()                           # of the job before: one of 1-3 nodes would begin with fewer
         return nodes.submit(script, f"--output={tmp_path}/log", *options)
     return submit
 
@@ -180,98 +222,109 @@ def test_a_job_that_lost_a_node_goes_on_with_as_many_as_are_left_and_fit(nodes, 
     finally:
         nodes.on("n3")
         nodes.call("scontrol", "update", "nodename=n3", "state=resume")
-        nodes._wait("n3", lambda: "n3" in nodes.call("sinfo", "-h", "-N", "-t", "idle"))
+        nodes.idle()
     assert (tmp_path / "run" / "nodes-1").read_text() == f"{then}\n"
     assert ("training on 1 of 2 nodes" in (tmp_path / "log").read_text()) is bool(fit)
 
 
-STEPS = 60
+def train_at(rank: int, network: str, config: Path, run: Path) -> None:
+    """`stepladder train` as rank 0 or 1 of two, within the network of a node."""
+    with open(f"/run/netns/{network}") as file:
+        assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="10.77.0.1", MASTER_PORT="29500",
+                      GLOO_SOCKET_IFNAME="eth0")
+    os._exit(train(config, run, "train.collective_minutes=0.1"))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two gloo ranks on this machine; its run.toml and shards are beside it."""
-    folder = tmp_path_factory.mktemp("whole")
-    shards = corpora.corpus(folder / "shards", corpora.texts(300))
-    text = RUN.replace("SHARDS", str(shards)).replace("WORKERS", "0")
-    (folder / "run.toml").write_text(text.replace("steps = 12", f"steps = {STEPS}").replace("every = 3", "every = 5"))
-    ranks.run(2, lambda_train, folder / "run.toml", folder / "run")
-    return folder
-
-
-def usr1(nodes: cluster.Cluster, number: str) -> None:
-    nodes.call("scancel", "--signal=USR1", number)
-
-
-def power_off(nodes: cluster.Cluster, number: str) -> None:
-    nodes.off("n2")
-    nodes._wait("its requeue", lambda: nodes.job(number)["Restarts"] == "1", 60)       # Slurm's own wait
-    nodes.on("n2")
-
-
-def script(capsys: pytest.CaptureFixture[str], folder: Path, config: Path, *more: str, check: bool = False) -> Path:
-    """What `stepladder slurm` prints for runs of one process a node; check: its nodes are checked before."""
-    assert cli.main(["slurm", str(config), "--per-node", "1", "--folder", str(folder / "run"), *more]) == 0
-    (folder / "train.sbatch").write_text(capsys.readouterr().out.replace(
-        "(--gib 20)", "(--gib 0.01)" if check else "()"))
-    return folder / "train.sbatch"
-
-
-@needs_slurm
-@pytest.mark.parametrize(("start", "disturb", "told"), [
-    ("torchrun", usr1, ["start", "signal", "end", "resume", "end"]),
-    ("srun", power_off, ["start", "fault", "resume", "end"])], ids=["torchrun, USR1", "srun, a node lost"])
-def test_a_disturbed_job_has_the_losses_of_an_undisturbed_run(nodes, undisturbed, tmp_path, capsys, start, disturb,
-                                                              told):
-    run = tmp_path / "run"
-    job = script(capsys, tmp_path, undisturbed / "run.toml", "--nodes", "2", "--start", start,
-                 check=start == "torchrun")
-    number = nodes.submit(job, f"--output={tmp_path}/log", "--exclude=n3")
-    nodes._wait("a checkpoint", lambda: any(run.glob("checkpoints/step-????????")), 90)
-    disturb(nodes, number)
-    job = nodes.wait(number, "COMPLETED", 90, restarts=1)
-    assert job["Restarts"] == "1"
-    happened = events.read(run)
-    assert [e["event"] for e in happened] == told
-    assert {e["launcher"] for e in happened if "launcher" in e} == {"torchrun" if start == "torchrun" else "Slurm"}
-    ours, theirs = records(run), records(undisturbed / "run")
-    assert [ours[s]["loss"] for s in range(1, STEPS + 1)] == [theirs[s]["loss"] for s in range(1, STEPS + 1)]
-    assert [r["step"] for r in ours.values() if r.get("resumed")]
-    checked = [log.read_text() for log in run.glob("slurm/*/check.log")]
-    assert checked == (["2 machines fit: n1 n2\n"] * 2 if start == "torchrun" else [])
-    if start == "torchrun":          # nothing between Slurm and the ranks died of the signal while they saved
-        assert ", code 0: requeued" in (tmp_path / "log").read_text()
-    if start == "srun":
-        assert re.search(r"rank 1 \(.*\) has been silent for \d+ s", happened[1]["error"])
-
-
-def apart(nodes: cluster.Cluster, undisturbed: Path, run: Path, cut: bool) -> list[int]:
-    """Two ranks, each within the network of a node of its own; `cut` takes one node's cable out after a checkpoint."""
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500",
-              "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen(
-        [*nodes._within(f"n{rank + 1}"), sys.executable, "-m", "stepladder.launch.cli", "train",
-         str(undisturbed / "run.toml"), "--folder", str(run), "train.collective_minutes=0.1"],
-        env={**shared, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for rank in range(2)]
+def apart(nodes: cluster.Cluster, config: Path, run: Path, cut: bool) -> list[int | None]:
+    """Exit codes of two ranks at two nodes; `cut` takes one node's cable out after a checkpoint."""
+    processes = [ranks._context.Process(target=train_at, args=(rank, f"{nodes.tag}-n{rank + 1}", config, run))
+                 for rank in range(2)]
+    for p in processes:
+        p.start()
     try:
         if cut:
             nodes._wait("a checkpoint", lambda: any(run.glob("checkpoints/step-????????")), 90)
             nodes._ip("-n ctl link set v2 down")
-        return [p.wait(90) for p in processes]
+        for p in processes:
+            p.join(90)
+        return [p.exitcode for p in processes]
     finally:
         nodes._ip("-n ctl link set v2 up")
         for p in processes:
             p.kill()
-            p.wait()
+            p.join()
 
 
 @needs_slurm
-def test_ranks_whose_network_is_cut_end_and_go_on_when_it_is_back(nodes, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    assert apart(nodes, undisturbed, run, cut=True) == [EXIT, EXIT]
+def test_ranks_whose_network_is_cut_end_and_go_on_when_it_is_back(nodes, whole, undisturbed, tmp_path):
+    config, run = whole / "run.toml", tmp_path / "run"
+    assert apart(nodes, config, run, cut=True) == [EXIT, EXIT]
     (fault,) = [e for e in events.read(run) if e["event"] == "fault"]
     assert re.search(r"rank 1 \(.*\) has been silent for \d+ s|the store, at rank 0", fault["error"])
     assert (run / "unfinished").exists()
-    assert apart(nodes, undisturbed, run, cut=False) == [0, 0]
-    ours, theirs = records(run), records(undisturbed / "run")
-    assert [ours[s]["loss"] for s in range(1, STEPS + 1)] == [theirs[s]["loss"] for s in range(1, STEPS + 1)]
+    assert apart(nodes, config, run, cut=False) == [0, 0]
+    assert losses(run) == losses(undisturbed)
+
+
+# What came of the jobs beside
+
+@needs_slurm
+@pytest.mark.parametrize(("ended", "launcher", "told"), [
+    ("told to stop", "torchrun", ["start", "signal", "end", "resume", "end"]),
+    ("node lost", "Slurm", ["start", "fault", "resume", "end"]),
+    ("out of time", "Slurm", ["start", "signal", "end", "resume", "end"])], indirect=["ended"])
+def test_a_disturbed_job_has_the_losses_of_an_undisturbed_run(ended, undisturbed, launcher, told):
+    folder, job = ended
+    happened = events.read(folder / "run")
+    assert job["Restarts"] == "1"
+    assert [e["event"] for e in happened] == told
+    assert {e["launcher"] for e in happened if "launcher" in e} == {launcher}
+    assert losses(folder / "run") == losses(undisturbed)
+    assert [r["step"] for r in records(folder / "run").values() if r.get("resumed")]
+
+
+@needs_slurm
+@pytest.mark.parametrize("ended", ["told to stop"], indirect=True)
+def test_nothing_between_slurm_and_the_ranks_dies_of_a_signal_while_they_save(ended):
+    folder, _ = ended
+    assert ", code 0: requeued" in (folder / "log").read_text()
+    assert [log.read_text() for log in folder.glob("run/slurm/*/check.log")] == ["2 machines fit: n1 n2\n"] * 2
+
+
+@needs_slurm
+@pytest.mark.parametrize("ended", ["node lost"], indirect=True)
+def test_the_rank_of_a_lost_node_is_named(ended):
+    folder, _ = ended
+    assert re.search(r"rank 1 \(.*\) has been silent for \d+ s", events.read(folder / "run")[1]["error"])
+
+
+@needs_slurm
+@pytest.mark.parametrize("ended", ["out of time"], indirect=True)
+def test_a_time_limit_is_announced_by_the_clock_and_never_met(ended):
+    """By Slurm's, which looks every half minute, and no more than a minute before the limit."""
+    folder, job = ended
+    _, signal, end, *_ = events.read(folder / "run")
+    log = (folder / "log").read_text()
+    began = datetime.fromisoformat(log.split()[0]).timestamp()
+    assert job["TimeLimit"] == "00:01:00"
+    assert 15 < signal["time"] - began < end["time"] - began < 60
+    assert f"stopped by {end['signal']} at step {end['step']}, code 0: requeued" in log
+    assert "DUE TO TIME LIMIT" not in log
+
+
+@needs_slurm
+@pytest.mark.parametrize("ended", ["launchers"], indirect=True)
+def test_two_and_four_nodes_have_the_same_losses_under_every_launcher(ended, undisturbed):
+    """Bit for bit on as many processes; two and four of them add up in another order."""
+    folder, found = ended
+    names = {"torchrun": "torchrun", "srun": "Slurm", "mpiexec": "MPICH", "deepspeed": "DeepSpeed's launcher"}
+    want = {2: losses(undisturbed)[:jobs.FIRST], 4: losses(folder / "srun-4" / "run", jobs.FIRST)}
+    assert want[2] == pytest.approx(want[4], rel=1e-5)
+    for job, said in found.items():
+        launcher, n = job.split("-")
+        (start, _) = events.read(folder / job / "run")
+        assert (said["NumNodes"], start["launcher"], start["ranks"]) == (n, names[launcher], int(n)), job
+        assert losses(folder / job / "run", jobs.FIRST) == want[int(n)], job
+        if (seen := folder / job / "seen").exists():
+            assert len(set(seen.read_text().split())) == int(n), job              # hosts
