@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hazards
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -32,6 +33,8 @@ class Compiled(NamedTuple):
     registers: int
     spills: int             # loads from and stores to local memory, counted in the machine code
     shared: int             # bytes
+    repeated: int           # products whose rows are computed twice
+    hazards: list[str]      # what the compilers are known to get wrong
 
 
 class Hopper:
@@ -71,7 +74,8 @@ def measure(name: str, said: dict[str, Any], made: Any) -> Compiled:
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     return Compiled(name, " ".join(f"{k}={v}" for k, v in said.items()), int(registers[1]),
-                    len(re.findall(r"\b(?:LDL|STL)\b", code)), made.metadata.shared)
+                    len(re.findall(r"\b(?:LDL|STL)\b", code)), made.metadata.shared,
+                    hazards.repeated(made.asm["ttgir"]), hazards.hazards(made.asm["ttgir"], code))
 
 
 if __name__ == "__main__":

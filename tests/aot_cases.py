@@ -45,21 +45,20 @@ def step() -> None:
 
 
 def delta() -> None:
-    """Gated delta of 16 heads of 128 in segments, and backward the largest heads, with ends to fill."""
-    for K, T, length in ((128, 4096, 16), (256, 4000, 99)):
-        q, g, doc = torch.empty(1, T, 16, K, dtype=BF16), torch.empty(1, T, 16), torch.empty(1, T, dtype=torch.int32)
-        S, tiles, states = torch.empty(1, 16, K, K), q.new_empty(1, 16, 63, 64, 64), q.new_empty(1, 16, 63, K, K)
-        saved = (tiles, tiles, S, q, states, S)
-        if K == 128:
-            saved = delta_kernels.forward(q, q, q, g, g, doc, S, True, 64, length)[2:]
-        delta_backward_kernels.backward(q, q, g, g, doc, *saved, q, S, length)
+    """16 heads of each size, some with gates and some with an end to fill; one row in segments."""
+    for K, V, T, gated, length in ((64, 64, 4096, False, 99), (128, 128, 4096, True, 16), (128, 256, 4000, False, 99),
+                                   (256, 256, 4000, True, 99)):
+        q, v = torch.empty(1, T, 16, K, dtype=BF16), torch.empty(1, T, 16, V, dtype=BF16)
+        beta, doc, S = torch.empty(1, T, 16), torch.empty(1, T, dtype=torch.int32), torch.empty(1, 16, K, V)
+        saved = delta_kernels.forward(q, q, v, beta if gated else None, beta, doc, S, True, 64, length)[2:]
+        delta_backward_kernels.backward(q, q, beta if gated else None, beta, doc, *saved, v, S, length)
 
 
 def ssd() -> None:
-    """Mamba-2 of one group of 64 heads, 128 x 64, a row in segments. Retention of 16 heads, 128 x 128."""
-    for B, G, H, V in ((1, 1, 64, 64), (4, 16, 16, 128)):
-        q, v = torch.empty(B, 4096, G, 128, dtype=BF16), torch.empty(B, 4096, H, V, dtype=BF16)
-        g, doc, S = torch.empty(B, 4096, H), torch.empty(B, 4096, dtype=torch.int32), torch.empty(B, H, 128, V)
+    """Mamba-2 of one group of 64 heads, 128 x 64, a row in segments. Retention of 16 heads, 128 x 128 and 64 x 64."""
+    for B, G, H, K, V in ((1, 1, 64, 128, 64), (4, 16, 16, 128, 128), (16, 16, 16, 64, 64)):
+        q, v = torch.empty(B, 4000, G, K, dtype=BF16), torch.empty(B, 4000, H, V, dtype=BF16)
+        g, doc, S = torch.empty(B, 4000, H), torch.empty(B, 4000, dtype=torch.int32), torch.empty(B, H, K, V)
         states = ssd_kernels.forward(q, q, v, g, doc, S, True)[2]
         ssd_kernels.backward(q, q, v, g, doc, states, v, S)
 

@@ -92,5 +92,8 @@ def _compile(family: str) -> list[dict[str, Any]]:
 
 
 def compiled(family: str) -> list[dict[str, Any]]:
-    """What tests/aot.py says of each launch in the family's case; in a process that does not interpret."""
-    return compiling(family).result(240)
+    """What tests/aot.py says of each launch in the family's cases, which compilers must get right; in a process that
+    does not interpret."""
+    found = compiling(family).result(240)
+    assert not (wrong := [one for one in found if one["hazards"]]), wrong
+    return found
