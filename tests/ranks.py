@@ -6,18 +6,20 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 _context = get_context("forkserver")
 # A preload that cannot be imported is skipped without a word, and every rank then spends a second or two on imports.
-_context.set_forkserver_preload([
-    "torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
-    "torch.distributed.pipelining", "torch._dynamo", "pytest", "stepladder.parallel.optimizer",
-    "stepladder.parallel.checkpoint", "stepladder.launch.train", "stepladder.model.token.attention",
-    "stepladder.model.token.gla", "stepladder.model.channel.moe", "stepladder.model.channel.swiglu"])
+# Ranks that start data workers have a server of their own for them, which needs none of this.
+if parent_process() is None:
+    _context.set_forkserver_preload([
+        "torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
+        "torch.distributed.pipelining", "torch._dynamo", "pytest", "stepladder.parallel.optimizer",
+        "stepladder.parallel.checkpoint", "stepladder.launch.train", "stepladder.model.token.attention",
+        "stepladder.model.token.gla", "stepladder.model.channel.moe", "stepladder.model.channel.swiglu"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")            # read by the server's OpenMP; busy pools thrash two cores
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
