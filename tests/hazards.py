@@ -50,7 +50,8 @@ State = dict[str, str]      # registers that depend on more than constants and t
 
 def strayed(sass: str) -> Iterator[str]:
     """Where operands of a product lie follows from constants and the thread's number. Where many such addresses do
-    not change in a loop, ptxas 12.8 forms some from a register that holds an argument, a block's number or data."""
+    not change in a loop, ptxas 12.8 forms some from a register that holds an argument, a block's number or data.
+    Where that register holds another such address, nothing is found."""
     code = parse(sass)
     assert sum("GMMA" in i.op for i in code) == sass.count("GMMA."), "what the tool prints has another form"
     entries: dict[str, State] = {target(i): {} for i in code if i.op.startswith("BRA")}

@@ -50,6 +50,11 @@ def test_operands_that_lie_where_constants_and_the_thread_say_are_no_hazard() ->
     assert hazards("", sass(*BASE, PRODUCT, "EXIT")) == []
 
 
+def test_code_in_a_form_that_is_not_understood_is_not_taken_for_right() -> None:
+    with pytest.raises(AssertionError, match="another form"):
+        hazards("", sass(PRODUCT).replace("/*0000*/", "0000:"))
+
+
 @pytest.mark.parametrize(("made", "on"), [
     (["S2R R0, SR_CTAID.X", "@P0 EXIT", "R2UR UR4, R0"], "a block's number"),
     (["S2R R8, SR_CTAID.Y", "IMAD.SHL.U32 R9, R8, 0x20, RZ", "R2UR UR4, R9"], "a block's number"),
