@@ -12,14 +12,24 @@ from pathlib import Path
 from typing import Any
 
 _context = get_context("forkserver")
-# A preload that cannot be imported is skipped without a word, and every rank then spends a second or two on imports.
-# Ranks that start data workers have a server of their own for them, which needs none of this.
-if parent_process() is None:
-    _context.set_forkserver_preload([
-        "torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
-        "torch.distributed.pipelining", "torch._dynamo", "pytest", "stepladder.parallel.optimizer",
-        "stepladder.parallel.checkpoint", "stepladder.launch.train", "stepladder.model.token.attention",
-        "stepladder.model.token.gla", "stepladder.model.channel.moe", "stepladder.model.channel.swiglu"])
+PRELOADED = [
+    "torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
+    "torch.distributed.pipelining", "torch._dynamo", "pytest", "stepladder.parallel.optimizer",
+    "stepladder.parallel.checkpoint", "stepladder.launch.train", "stepladder.model.token.attention",
+    "stepladder.model.token.gla", "stepladder.model.channel.moe", "stepladder.model.channel.swiglu"]
+
+
+def preload(*modules: str) -> None:
+    """What all ranks have imported; more is added by a test file when it is imported, before the first of them starts.
+
+    A module that cannot be imported is skipped without a word, and every rank then spends a second or two on it.
+    """
+    PRELOADED.extend(modules)
+    if parent_process() is None:       # ranks have a server of their own for data workers, which need none of this
+        _context.set_forkserver_preload(PRELOADED)
+
+
+preload()
 os.environ.setdefault("OMP_NUM_THREADS", "1")            # read by the server's OpenMP; busy pools thrash two cores
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

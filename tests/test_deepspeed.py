@@ -37,6 +37,8 @@ ZERO = {f"zero{stage}{' offload' if offload else ''}": Parallel(engine="deepspee
         for stage in (1, 2, 3) for offload in (False, True)}
 LAYOUTS = ZERO | {"fsdp": Parallel(), "ddp": Parallel(shard=False)}
 CPU = torch.device("cpu")
+ranks.preload("deepspeed", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.stage3",
+              "torch._inductor.compile_fx")              # three seconds of every rank
 
 
 class Run:

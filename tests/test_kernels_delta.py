@@ -202,7 +202,9 @@ def test_shipped_launches_fit_a_hopper_gpu() -> None:
 
 
 gpu = pytest.mark.gpu
-BARS = {"dg": 2e-2, "dbeta": 2e-2}      # of bf16; all else 8e-3, and y and S 5e-3 where gates forget: beta goes up to 2
+# Of bf16; all else 8e-3, where gates forget y and S 5e-3. Where they do not, with beta up to 2, errors of a whole row
+# add up, in keys of few channels the more: 1e-2.
+BARS = {"dg": 2e-2, "dbeta": 2e-2}
 
 
 @gpu
@@ -214,8 +216,8 @@ def test_on_a_gpu_bf16_is_within_its_bars(K: int, V: int, G: int, H: int, gate: 
         made = inputs(T, gate or "0", [0, 63, 64, 65, 200], torch.bfloat16, G, 2, H, K, V, "cuda")
         if gate is None:
             del made["g"]
-        agree(partial(delta.fused, **({} if gate else {"g": None})), partial(definition, form=form), made, 8e-3, **BARS,
-              **({"y": 5e-3, "S": 5e-3} if gate not in (None, "0") else {}))
+        agree(partial(delta.fused, **({} if gate else {"g": None})), partial(definition, form=form), made,
+              1e-2 if gate in (None, "0") else 8e-3, **BARS, **({} if gate in (None, "0") else {"y": 5e-3, "S": 5e-3}))
 
 
 @gpu
