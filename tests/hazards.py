@@ -104,8 +104,8 @@ def write(i: Instruction, state: State) -> None:
     register = re.fullmatch(r"(U?R)(\d+)", into)
     if register is None or "SETP" in i.op or "PLOP3" in i.op:           # it stores, or writes predicates alone
         return
-    wide = re.search(r"\.64$|\.WIDE|^CS2R$", i.op) is not None
-    width = 4 if re.search(r"\.128$|\.M88", i.op) else 2 if wide else 1
+    wide = re.search(r"\.64\b|\.WIDE|^CS2R$|\.M88\.2$", i.op) is not None
+    width = 4 if re.search(r"\.128\b|\.M88\.4$", i.op) else 2 if wide else 1
     why = depends(i.op, " ".join(read), 2 if i.op.endswith(".64") else 1, state)
     for n in range(width):
         name = f"{register[1]}{int(register[2]) + n}"

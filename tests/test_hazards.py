@@ -63,6 +63,8 @@ def test_code_in_a_form_that_is_not_understood_is_not_taken_for_right() -> None:
     (["LDC.64 R8, c[0x0][0x238]", "R2UR UR7, R9"], "an argument"),
     (["ULDC UR9, c[0x0][0x238]", "UIADD3.64 UR6, UR8, 0x2, URZ"], "an argument"),
     (["LDG.E.128 R8, desc[UR48][R2.64]", "R2UR UR6, R11"], "data"),
+    (["LDG.E.64.CONSTANT R8, desc[UR48][R2.64]", "R2UR UR6, R9"], "data"),
+    (["LDSM.16.M88.2 R8, [R2]", "R2UR UR6, R9"], "data"),
     (["LDSM.16.M88.4 R8, [R2+UR5+0x400]", "R2UR UR6, R11"], "data"),
     (["SHFL.IDX PT, R9, R0, RZ, 0x1f", "LDS R8, [R2]", "SHFL.IDX PT, R9, R8, RZ, 0x1f", "R2UR UR4, R9"], "data"),
     (["LDG.E R0, desc[UR48][R2.64]", "@P0 UMOV UR4, 0x400", "@P1 R2UR UR4, R0", "@!P1 UMOV UR4, 0x800"], "data"),
@@ -77,6 +79,7 @@ def test_an_operand_that_lies_where_anything_else_says_is_found(made: list[str],
     ["LDG.E R9, desc[UR48][R2.64]", "ISETP.GE.AND P0, PT, R0, R9, PT", "@P0 R2UR UR4, R0"],
     ["ULDC.64 UR6, c[0x0][0x208]"],                                              # nothing of the kernel's own
     ["LDL R8, [R1]", "R2UR UR4, R8"],                                            # what was spilled
+    ["LDSM.16.M88 R2, [R2]", "R2UR UR4, R3"],                                    # beside what is written
 ])
 def test_what_is_made_of_anything_else_may_have_been_in_the_registers_before(more: list[str]) -> None:
     assert hazards("", sass(*BASE, *more, PRODUCT)) == []
