@@ -8,6 +8,7 @@ Where each lives, of those that are not in this file:
 | SIGKILL of a process alone, in a step and in a save | test_resume.py: test_a_killed_run_goes_on_bitwise |
 | SIGKILL of a node under Slurm | test_slurm.py: test_a_disturbed_job_has_the_losses_of_an_undisturbed_run |
 | SIGKILL of any rank, at random moments | soak.py (`make soak`) |
+| a time limit, by Slurm's clock | test_slurm.py: test_a_time_limit_is_announced_by_the_clock_and_never_met |
 | a network that is cut | test_slurm.py: test_ranks_whose_network_is_cut_end_and_go_on_when_it_is_back |
 | a rank that sleeps or dies, and who is named | test_watch.py |
 | a file that may not grow, in a save | test_bad_input.py: test_a_full_disk_costs_a_checkpoint_and_not_the_run |
