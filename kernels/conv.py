@@ -21,9 +21,9 @@ from stepladder.kernels.tiles import cdiv, power
 
 # Elements of a step, tokens of a span and warps; the first runs.
 FORWARD: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "conv": ((512, 32, 4), (1024, 32, 4), (1024, 16, 4), (2048, 32, 8))}
+    "conv": ((1024, 32, 4), (512, 32, 4), (1024, 16, 4), (2048, 32, 8))}
 BACKWARD: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "conv": ((512, 60, 4), (1024, 60, 4), (1024, 28, 4), (512, 124, 4))}
+    "conv": ((1024, 60, 4), (512, 60, 4), (1024, 28, 4), (512, 124, 4))}
 STEPS = 4                    # tokens whose inputs are loaded together
 
 

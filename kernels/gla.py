@@ -36,10 +36,10 @@ def halves(g, r, C: tl.constexpr):
 
 
 @triton.jit
-def block(q, k, g, row, x, r, mine, coming, bv, S, A, o, K: tl.constexpr, C: tl.constexpr):
+def block(q, k, g, row, x, r, seen, mine, coming, bv, S, A, o, K: tl.constexpr, C: tl.constexpr):
     """S after the chunk, in BK key channels, what they add to the pairs A and the output o, and the least exponent."""
-    bg = rows_of(g, row, K, x, mine).to(tl.float32)
-    bq, bk = rows_of(q, row, K, x, mine), rows_of(k, row, K, x, mine)
+    bg = tl.where(mine[:, None], rows_of(g, row, K, x, seen).to(tl.float32), 0.0)
+    bq, bk = rows_of(q, row, K, x, seen), rows_of(k, row, K, x, seen)
     left, right = halves(bg, r, C)
     e = tl.cumsum(bg, 0) * LOG2E - left[None, :]
     qs, ks = (bq * tl.exp2(e)).to(bv.dtype), (bk * tl.exp2(-e)).to(bv.dtype)
@@ -47,7 +47,7 @@ def block(q, k, g, row, x, r, mine, coming, bv, S, A, o, K: tl.constexpr, C: tl.
     o = dot(qs, tl.where(coming, S * tl.exp2(left)[:, None], 0.0).to(bv.dtype), o)
     # a difference of sums loses what small gates say after large ones; beyond what 16 bits can tell it is right
     e = ahead(bg) if bv.dtype == tl.float32 else right[None, :] - e
-    ks = (bk * tl.exp2(e)).to(bv.dtype)
+    ks = tl.where(mine[:, None], bk * tl.exp2(e), 0.0).to(bv.dtype)
     S = dot(tl.trans(ks), bv, tl.where(coming, S * tl.exp2(left + right)[:, None], 0.0))
     return S, A, o, tl.minimum(tl.min(left), tl.min(right))
 
@@ -55,13 +55,15 @@ def block(q, k, g, row, x, r, mine, coming, bv, S, A, o, K: tl.constexpr, C: tl.
 @triton.jit
 def forward_kernel(q, k, v, g, doc, S_in, y, saved, pairs, slow, S_out, scale, T, chunks, SEGMENTS,
                    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                   BV: tl.constexpr, LIMIT: tl.constexpr, SAVE: tl.constexpr, STAGES: tl.constexpr):
+                   BV: tl.constexpr, LIMIT: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
+                   STAGES: tl.constexpr):
     tile, p = tl.program_id(0) % (V // BV), tl.program_id(0) // (V // BV)      # tiles of a head side by side: L2
     segment, bh = p % SEGMENTS, p // SEGMENTS
     b = (bh // H).to(tl.int64)
     N = tl.cdiv(T, C)
     r, x, w = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
-    row, at = r * H, x[:, None] * V + w[None, :]      # 32 bits from a chunk's first row on: offsets fill registers
+    causal = r[:, None] >= r[None, :]
+    at = x[:, None] * V + w[None, :]
     S_in += p.to(tl.int64) * K * V
     doc += b * T
     Sa = tl.load(S_in + at)
@@ -71,35 +73,31 @@ def forward_kernel(q, k, v, g, doc, S_in, y, saved, pairs, slow, S_out, scale, T
     begin, end = segment * chunks, tl.minimum(segment * chunks + chunks, N)
     for c in tl.range(begin, end, num_stages=STAGES, disable_licm=True):
         t = c * C + r
-        here = (b * T + c * C) * H + bh % H
+        seen = (t < T) | EVEN
+        row = (b * T + t) * H + bh % H
         n = (b * N + c) * H + bh % H
         before = tl.load(doc + c * C - 1, mask=c > 0, other=0)
         first, last = tl.load(doc + c * C), tl.load(doc + tl.minimum(c * C + C, T) - 1)
-        mine = tl.load(doc + t, mask=t < T, other=-1) == last       # all rows, where the chunk is fast
-        bv = rows_of(v + here * V, row, V, w, mine)
-        if SAVE:
-            tl.store(saved + n * K * V + at, Sa.to(bv.dtype))
-            if K > BK:
-                tl.store(saved + n * K * V + BK * V + at, Sb.to(bv.dtype))
-        else:                                               # for the slow kernel; below
-            Sa_in, Sb_in = Sa.to(bv.dtype), Sb.to(bv.dtype)
+        mine = tl.load(doc + t, mask=seen, other=-1) == last
+        bv = rows_of(v, row, V, w, seen)
+        bv = tl.where(mine[:, None], bv, 0.0).to(bv.dtype)
+        Sa_in, Sb_in = Sa.to(bv.dtype), Sb.to(bv.dtype)
         A, o = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
-        bq, bk, bg, coming = q + here * K, k + here * K, g + here * K, before == last
-        Sa, A, o, low = block(bq, bk, bg, row, x, r, mine, coming, bv, Sa, A, o, K, C)
+        Sa, A, o, low = block(q, k, g, row, x, r, seen, mine, before == last, bv, Sa, A, o, K, C)
         if K > BK:
-            Sb, A, o, lowest = block(bq, bk, bg, row, BK + x, r, mine, coming, bv, Sb, A, o, K, C)
+            Sb, A, o, lowest = block(q, k, g, row, BK + x, r, seen, mine, before == last, bv, Sb, A, o, K, C)
             low = tl.minimum(low, lowest)
         fast = (first == last) & (low >= -LIMIT)            # not where a gate is NaN
         tl.store(slow + n, 1 - fast.to(tl.int8))            # every tile writes the same
-        if not SAVE:
-            tl.store(saved + n * K * V + at, Sa_in, mask=fast == 0)
-            if K > BK:
-                tl.store(saved + n * K * V + BK * V + at, Sb_in, mask=fast == 0)
-        A = tl.where(r[:, None] >= r[None, :], A, 0.0).to(bv.dtype)
+        wanted = SAVE | (fast == 0)                         # by the backward pass, or by the slow kernel
+        tl.store(saved + n * K * V + at, Sa_in, mask=wanted)
+        if K > BK:
+            tl.store(saved + n * K * V + BK * V + at, Sb_in, mask=wanted)
+        A = tl.where(causal, A, 0.0).to(bv.dtype)
         if SAVE:
             tl.store(pairs + (n * C + r[:, None]) * C + r[None, :], A, mask=tile == 0)
         o = dot(A, bv, o)
-        tl.store(y + here * V + row[:, None] * V + w[None, :], (o * scale).to(bv.dtype), mask=(mine & fast)[:, None])
+        tl.store(y + row[:, None] * V + w[None, :], (o * scale).to(bv.dtype), mask=(seen & fast)[:, None])
     if end == N:
         tl.store(S_out + bh.to(tl.int64) * K * V + at, Sa)
         if K > BK:
@@ -152,7 +150,7 @@ def slow_kernel(q, k, v, g, doc, saved, slow, y, scale, T, total, H: tl.constexp
 
 
 # Value channels of a tile, warps, stages. The first is run; the others are for a bench to compare.
-FORWARD = ((64, 4, 1), (64, 4, 2), (32, 4, 2))
+FORWARD = ((64, 4, 2), (64, 4, 1), (32, 4, 2), (64, 4, 3))
 FEW = 16        # channels of a slow program: one warp holds its state
 
 
@@ -185,7 +183,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, 
     slow = torch.empty((B, N, H), dtype=torch.int8, device=q.device)
     forward_kernel[(B * H * count * V // BV,)](
         q, k, v, g, doc, begin, y, saved, pairs, slow, S_out, scale, T, each, count, H, K, V, chunk, BK, BV,
-        LIMIT[q.dtype], save, stages, num_warps=warps, num_stages=stages)
+        LIMIT[q.dtype], save, T % chunk == 0, stages, num_warps=warps, num_stages=stages)
     few = min(V, FEW)
     total = B * N * H * V // few
     programs, width = share(total, q)

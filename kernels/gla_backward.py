@@ -19,12 +19,13 @@ from stepladder.kernels.tiles import LOG2E, cdiv, dot, split
 
 
 @triton.jit
-def back(q, k, g, row, x, since, until, coming, bd_in, dS, dv, scale, K: tl.constexpr):
+def back(q, k, g, row, x, seen, since, until, coming, bd, bd_in, dS, dv, scale, K: tl.constexpr):
     """dS before a chunk in BK key channels, and dv with what the state after the chunk asks of it."""
-    bg = rows_of(g, row, K, x, since | until).to(tl.float32)
-    ks = (rows_of(k, row, K, x, until) * tl.exp2(ahead(bg))).to(bd_in.dtype)
-    dv = dot(ks, dS.to(bd_in.dtype), dv)
-    qs = (rows_of(q, row, K, x, since) * (tl.exp2(tl.cumsum(bg, 0) * LOG2E) * scale)).to(bd_in.dtype)
+    bg = rows_of(g, row, K, x, seen).to(tl.float32)
+    ks = tl.where(until[:, None], rows_of(k, row, K, x, seen) * tl.exp2(ahead(bg)), 0.0).to(bd.dtype)
+    dv = dot(ks, dS.to(bd.dtype), dv)
+    decay = tl.exp2(tl.cumsum(bg, 0) * LOG2E) * scale
+    qs = tl.where(since[:, None], rows_of(q, row, K, x, seen) * decay, 0.0).to(bd.dtype)
     dS = tl.where(coming, dS * tl.exp2(tl.sum(bg, 0) * LOG2E)[:, None], 0.0)
     return dot(tl.trans(qs), bd_in, dS), dv
 
@@ -38,7 +39,7 @@ def reverse_kernel(q, k, g, doc, dy, pairs, slow, dS_in, dstates, dv, dS_out, sc
     b = (bh // H).to(tl.int64)
     N = tl.cdiv(T, C)
     r, x, w = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
-    at, row = x[:, None] * V + w[None, :], r * H
+    at = x[:, None] * V + w[None, :]
     dS_in += p.to(tl.int64) * K * V
     doc += b * T
     dSa = tl.load(dS_in + at)
@@ -50,25 +51,23 @@ def reverse_kernel(q, k, g, doc, dy, pairs, slow, dS_in, dstates, dv, dS_out, sc
         c = begin + end - 1 - step
         t = c * C + r
         seen = (t < T) | EVEN
-        here = (b * T + c * C) * H + bh % H
+        row = (b * T + t) * H + bh % H
         n = (b * N + c) * H + bh % H
         before, last = tl.load(doc + c * C - 1, mask=c > 0, other=0), tl.load(doc + tl.minimum(c * C + C, T) - 1)
         of = tl.load(doc + t, mask=seen, other=-1)
-        bd = rows_of(dy + here * V, row, V, w, seen)
+        bd = rows_of(dy, row, V, w, seen)
         bd_in = tl.where((of == before)[:, None], bd, 0.0).to(bd.dtype)
         tl.store(dstates + n * K * V + at, dSa.to(bd.dtype))
         if K > BK:
             tl.store(dstates + n * K * V + BK * V + at, dSb.to(bd.dtype))
         A = tl.load(pairs + (n * C + r[:, None]) * C + r[None, :])
         bdv = dot(tl.trans(A), bd) * scale
-        since, until, coming = of == before, of == last, before == last
-        dSa, bdv = back(q + here * K, k + here * K, g + here * K, row, x, since, until, coming, bd_in, dSa, bdv, scale,
-                        K)
+        dSa, bdv = back(q, k, g, row, x, seen, of == before, of == last, before == last, bd, bd_in, dSa, bdv, scale, K)
         if K > BK:
-            dSb, bdv = back(q + here * K, k + here * K, g + here * K, row, BK + x, since, until, coming, bd_in, dSb,
-                            bdv, scale, K)
+            dSb, bdv = back(q, k, g, row, BK + x, seen, of == before, of == last, before == last, bd, bd_in, dSb, bdv,
+                            scale, K)
         fast = tl.load(slow + n) == 0
-        tl.store(dv + here * V + row[:, None] * V + w[None, :], bdv.to(bd.dtype), mask=(seen & fast)[:, None])
+        tl.store(dv + row[:, None] * V + w[None, :], bdv.to(bd.dtype), mask=(seen & fast)[:, None])
     tl.store(dS_out + p.to(tl.int64) * K * V + at, dSa)
     if K > BK:
         tl.store(dS_out + p.to(tl.int64) * K * V + BK * V + at, dSb)
@@ -223,10 +222,10 @@ def slow_values_kernel(q, k, g, doc, dy, dS, slow, dv, scale, T, total, H: tl.co
 
 
 # The first of each is run; the others are for a bench to compare.
-REVERSE = ((64, 4, 1), (64, 4, 2), (32, 4, 2))      # value channels of a tile, warps, stages
+REVERSE = ((64, 4, 2), (64, 4, 1), (32, 4, 2))      # value channels of a tile, warps, stages
 # Key and value channels, warps, registers a thread; 128 let two blocks run at once. One stage: products and elements
 # read the same loads, for which triton 3.6 and 3.7 would keep one buffer, and overwrite it while products read.
-KEYS = ((32, 64, 4, None), (32, 64, 8, 128), (64, 64, 8, None))
+KEYS = ((32, 64, 8, 128), (64, 64, 8, None), (32, 64, 4, None), (64, 32, 8, None))
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, pairs: Tensor, slow: Tensor,
@@ -247,7 +246,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Ten
     BK, BV = block or min(K, of_keys), min(max(V // 2, 16), tile)      # a loop of one pass is unrolled, which spills
     keys_kernel[(B * N * H * (K // BK),)](q, k, v, g, doc, dy, saved, dstates, slow, dq, dk, dg, scale, T, *sizes, BK,
                                           BV, even, num_warps=warps, num_stages=1, maxnreg=registers)
-    few = min(K, FEW * 128 // max(V, 128))
+    few = min(K, FEW)
     total = B * N * H * K // few
     programs, width = share(total, q)
     slow_keys_kernel[(programs,)](q, k, v, g, doc, dy, saved, dstates, slow, dq, dk, dg, scale, T, total, *sizes, few,

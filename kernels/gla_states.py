@@ -71,7 +71,7 @@ def fold_kernel(S, left, S_in, SEGMENTS, K: tl.constexpr, V: tl.constexpr, BK: t
 
 
 # Value channels of a tile, warps, stages. The first is run.
-SWEEP = ((128, 4, 2), (64, 4, 2), (64, 4, 1))
+SWEEP = ((64, 4, 2), (128, 4, 2), (128, 8, 2))
 
 
 def starts(z: Tensor, w: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, each: int, chunk: int,

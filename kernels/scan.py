@@ -22,7 +22,7 @@ from stepladder.kernels.tiles import LOG2E, cdiv, processors, split
 
 # (R, tokens loaded together) forward, and tokens between saved states, which are also those that the backward pass has
 # in registers. The first of each runs.
-FORWARD: dict[str, tuple[tuple[int, int], ...]] = {"scan": ((2, 4), (4, 4), (4, 8), (2, 8))}
+FORWARD: dict[str, tuple[tuple[int, int], ...]] = {"scan": ((4, 4), (2, 4), (4, 8), (2, 8))}
 BACKWARD: dict[str, tuple[int, ...]] = {"scan": (8, 4)}
 LN2 = tl.constexpr(0.6931471805599453)
 
