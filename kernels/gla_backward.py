@@ -225,7 +225,7 @@ def slow_values_kernel(q, k, g, doc, dy, dS, slow, dv, scale, T, total, H: tl.co
 REVERSE = ((64, 4, 2), (64, 4, 1), (32, 4, 2))      # value channels of a tile, warps, stages
 # Key and value channels, warps, registers a thread; 128 let two blocks run at once. One stage: products and elements
 # read the same loads, for which triton 3.6 and 3.7 would keep one buffer, and overwrite it while products read.
-# (32, 64, 4) took 1.30 ms where the first takes 1.61, and gave wrong dk on an H100, with no hazard that tests know.
+# (32, 64, 4) took 1.30 ms where the first takes 1.61, and gave wrong dk on an H100: ptxas 12.8 (tests/hazards.py).
 KEYS = ((32, 64, 8, 128), (64, 64, 8, None), (64, 32, 8, None))
 
 

@@ -14,7 +14,7 @@ LAYOUT = re.compile(r"^(#\w+) = #ttg.nvidia_mma<\{versionMajor = 3.*?warpsPerCTA
 
 def hazards(ttgir: str, sass: str) -> list[str]:
     """A sentence for each kind and cause."""
-    return [*overwritten(ttgir), *strayed(sass)]
+    return [*overwritten(ttgir), *strayed(sass), *halved(sass)]
 
 
 def repeated(ttgir: str) -> int:
@@ -51,7 +51,7 @@ State = dict[str, str]      # registers that depend on more than constants and t
 def strayed(sass: str) -> Iterator[str]:
     """Where operands of a product lie follows from constants and the thread's number. Where many such addresses do
     not change in a loop, ptxas 12.8 forms some from a register that holds an argument, a block's number or data.
-    Where that register holds another such address, nothing is found."""
+    Where that register holds another constant, it is halved() that finds it."""
     code = parse(sass)
     assert sum("GMMA" in i.op for i in code) == sass.count("GMMA."), "what the tool prints has another form"
     entries: dict[str, State] = {target(i): {} for i in code if i.op.startswith("BRA")}
@@ -62,6 +62,22 @@ def strayed(sass: str) -> Iterator[str]:
     for on in dict.fromkeys(why for _, why in found):
         places = ", ".join(at for at, why in found if why == on)
         yield f"where an operand lies depends on {on}, for products at {places}"
+
+
+def halved(sass: str) -> Iterator[str]:
+    """A constant address with its flags is a sum of 64 bits whose high half begins with zero. The same ptxas, in the
+    same place, takes one register for both halves: one of the sums is not that of the address. Seen in the compiled
+    code of wrong gradients, where the register was a loop's counter."""
+    low: dict[str, str] = {}                # the register added to, by the predicate that carries over
+    for i in parse(sass):
+        carries = [x for x in i.operands if re.fullmatch(r"U?P\d", x)]
+        sources = [x.removesuffix(".reuse") for x in i.operands[1:] if not re.fullmatch(r"!?U?P(\d|T)", x)]
+        sums = carries and re.fullmatch(r"U?IADD3(\.X)?", i.op) and "0x" in sources[1]
+        if sums and i.op.endswith(".X") and sources[0] == low.get(carries[0]) not in ("RZ", "URZ"):
+            yield f"both halves of an address are formed from {sources[0]}, at {i.address}"
+        low = {p: r for p, r in low.items() if r not in written(i)}
+        if sums and not i.op.endswith(".X"):
+            low[carries[0]] = sources[0]
 
 
 def parse(sass: str) -> list[Instruction]:
@@ -98,17 +114,21 @@ def descriptors(product: Instruction) -> list[str]:
     return [f"UR{int(first[1]) + n}" for n in range(2 if product.operands[1].startswith("R") else 0, 4)]
 
 
-def write(i: Instruction, state: State) -> None:
-    """What an instruction leaves in the registers that it writes; predicates are not followed."""
-    into, *read = [x for x in i.operands if not re.fullmatch(r"!?U?P(\d|T)", x)] or [""]
+def written(i: Instruction) -> list[str]:
+    into = next((x for x in i.operands if not re.fullmatch(r"!?U?P(\d|T)", x)), "")
     register = re.fullmatch(r"(U?R)(\d+)", into)
     if register is None or "SETP" in i.op or "PLOP3" in i.op:           # it stores, or writes predicates alone
-        return
+        return []
     wide = re.search(r"\.64\b|\.WIDE|^CS2R$|\.M88\.2$", i.op) is not None
     width = 4 if re.search(r"\.128\b|\.M88\.4$", i.op) else 2 if wide else 1
+    return [f"{register[1]}{int(register[2]) + n}" for n in range(width)]
+
+
+def write(i: Instruction, state: State) -> None:
+    """What an instruction leaves in the registers that it writes; predicates are not followed."""
+    _, *read = [x for x in i.operands if not re.fullmatch(r"!?U?P(\d|T)", x)] or [""]
     why = depends(i.op, " ".join(read), 2 if i.op.endswith(".64") else 1, state)
-    for n in range(width):
-        name = f"{register[1]}{int(register[2]) + n}"
+    for name in written(i):
         if why:
             state[name] = why
         elif not i.guard:

@@ -103,3 +103,18 @@ def test_of_two_branches_each_has_its_own_registers() -> None:
     code = [*BASE, f"@P0 BRA {other}", "S2R R0, SR_CTAID.X", "R2UR UR4, R0", f"BRA {beyond}", PRODUCT]
     assert hazards("", sass(*code)) == []
     assert hazards("", sass(*code[:-2], f"BRA {other}", PRODUCT)) != []
+
+
+@pytest.mark.parametrize(("high", "found"), [("R0", True), ("R1", False), ("RZ", False)])
+def test_an_address_whose_halves_come_from_one_register_is_found(high: str, found: bool) -> None:
+    said = hazards("", sass(*BASE, "IADD3 R4, P3, R0.reuse, 0x40, RZ", "R2UR UR34, R4",
+                            f"IADD3.X R17, {high}, -0x7fffffe0, RZ, P3, !PT", PRODUCT))
+    assert said == (["both halves of an address are formed from R0, at a0"] if found else [])
+
+
+def test_sums_that_carry_to_others_are_none_of_an_address() -> None:
+    """A pointer's halves; a carry that another sum has taken since; a register that holds something else since."""
+    assert hazards("", sass("IADD3 R4, P3, R0, R2, RZ", "IADD3.X R5, R0, R3, RZ, P3, !PT", "IADD3 R6, P1, R8, 0x40, RZ",
+                            "IADD3 R7, P1, R9, 0x40, RZ", "IADD3.X R8, R8, 0x40000040, RZ, P1, !PT",
+                            "UIADD3 UR6, UP1, UR4, 0x40, URZ", "UMOV UR4, URZ",
+                            "UIADD3.X UR9, UR4, -0x7fffffe0, URZ, UP1, !UPT", PRODUCT)) == []
