@@ -238,6 +238,9 @@ def _engine(run: Run, world: int) -> None:
             raise ConfigError(f'parallel.{key} = {value} is for engine = "deepspeed", but the engine is "fsdp"; '
                               f"drop {key} or change the engine")
         return
+    if not p.shard:
+        raise ConfigError('parallel.shard = false, but parallel.engine = "deepspeed" is there to shard; set '
+                          'parallel.engine = "fsdp", which keeps weights whole, or drop shard')
     if train.dtype == "fp64":
         raise ConfigError('train.dtype = "fp64", but parallel.engine = "deepspeed" knows no double precision; '
                           'set one to "fp32" or the other to "fsdp"')

@@ -237,6 +237,7 @@ def says(*overrides: str) -> str:
     (["parallel.zero=2"], 'parallel.zero = 2 is for engine = "deepspeed", but the engine is "fsdp"; drop zero'),
     (["parallel.nvme=/tmp"], 'parallel.nvme = "/tmp" is for engine = "deepspeed", but the engine is "fsdp"; drop nvme'),
     (["parallel.engine=deepspeed", "parallel.zero=0"], "parallel.zero = 0 is not one of 1, 2, 3"),
+    (["parallel.engine=deepspeed", "parallel.shard=false"], 'parallel.shard = false, but parallel.engine = '),
     (["parallel.engine=deepspeed", "train.dtype=fp64"], 'train.dtype = "fp64", but parallel.engine = "deepspeed"'),
     (["parallel.engine=deepspeed", "train.graph=true"], 'train.graph = true with parallel.engine = "deepspeed"'),
     (["parallel.engine=deepspeed", "parallel.nvme=/tmp"], 'parallel.nvme = "/tmp" is where ZeRO-3 offloads to, but '
