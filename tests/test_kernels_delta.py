@@ -203,7 +203,7 @@ def test_shipped_launches_fit_a_hopper_gpu() -> None:
 
 gpu = pytest.mark.gpu
 # Of bf16; all else 8e-3, where gates forget y and S 5e-3. Where they do not, with beta up to 2, errors of a whole row
-# add up, in keys of few channels the more: 1e-2.
+# add up: an H100 had 5.7e-3, and 8.5e-3 in dk of keys of 32 channels.
 BARS = {"dg": 2e-2, "dbeta": 2e-2}
 
 
@@ -217,7 +217,7 @@ def test_on_a_gpu_bf16_is_within_its_bars(K: int, V: int, G: int, H: int, gate: 
         if gate is None:
             del made["g"]
         agree(partial(delta.fused, **({} if gate else {"g": None})), partial(definition, form=form), made,
-              1e-2 if gate in (None, "0") else 8e-3, **BARS, **({} if gate in (None, "0") else {"y": 5e-3, "S": 5e-3}))
+              8e-3, **BARS, **({} if gate in (None, "0") else {"y": 5e-3, "S": 5e-3}), dk=1e-2 if K == 32 else 8e-3)
 
 
 @gpu
