@@ -1,4 +1,4 @@
-"""What a wiring or a mixer costs in quality: sides on the same tokens, several seeds, one GPU.
+"""What a wiring or a mixer costs in quality: sides on the same tokens, several seeds, a GPU each.
 
     python tests/bench/quality.py SHARDS [--steps 2000] [--seeds 3] [--sides standard ladder] [--out quality.png]
     python tests/bench/quality.py SHARDS --sides attention gla gated_delta hybrid
@@ -12,11 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from queue import Queue
+from statistics import mean, median, stdev
+
+import torch
 
 ATTENTION = '{{ kind = "attention", heads = {heads}, kv_heads = {kv} }}'
 FULL = '{{ kind = "attention", heads = {heads}, kv_heads = {heads} }}'
@@ -72,8 +77,8 @@ SMALL = {"width": 32, "layers": 4, "heads": 4, "kv": 2, "few": 2, "half": 8, "he
          "rows": 8, "batch": 512, "workers": 0, "dtype": "fp32", "gpu": "false", "batches": 1}
 
 
-def train(side: str, seed: int, args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
-    """The log of one run."""
+def train(side: str, seed: int, args: argparse.Namespace, folder: Path, free: Queue[str]) -> list[dict[str, float]]:
+    """The log of one run, on a device that is free."""
     vocab = json.loads((args.shards / "manifest.json").read_text())["tokenizer"]["vocab"]
     size, (mixers, lag) = SMALL if args.small else BIG, SIDES[side]
     names = {mixer: f"b{i}" for i, mixer in enumerate(dict.fromkeys(mixers))}
@@ -81,13 +86,19 @@ def train(side: str, seed: int, args: argparse.Namespace, folder: Path) -> list[
     text = RUN.format(pattern=[names[mixer] for mixer in mixers], blocks="".join(blocks), seed=seed, steps=args.steps,
                       shards=args.shards.resolve(), vocab=-(-vocab // 64) * 64, every=max(1, args.steps // 8),
                       warmup=args.steps // 20, **size)
-    (folder / "run.toml").write_text(text)
     out = folder / f"{side}-{seed}"
-    command = [sys.executable, "-m", "stepladder.launch.cli", "train", str(folder / "run.toml"), "--folder", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    toml = out.with_suffix(".toml")
+    toml.write_text(text)
+    command = [sys.executable, "-m", "stepladder.launch.cli", "train", str(toml), "--folder", str(out)]
+    device = free.get()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": device})
+    free.put(device)
     if done.returncode:
-        sys.exit(f"{side}, seed {seed}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        raise RuntimeError(f"{side}, seed {seed}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    print(f"{side:11} seed {seed}: held-out {log[-1]['eval_loss']:.4f} after {log[-1]['tokens'] / 1e6:.1f} M tokens, "
+          f"{median(r['tokens_per_s'] for r in log):,.0f} tokens/s", flush=True)
+    return log
 
 
 def draw(logs: dict[tuple[str, int], list[dict[str, float]]], out: Path) -> None:
@@ -112,14 +123,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a toy, to try this script")
     parser.add_argument("--out", type=Path, default=Path("quality.png"))
     args = parser.parse_args()
-    logs = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(args.seeds):                     # alternating: whatever drifts, drifts for all sides
-            for side in args.sides:
-                logs[side, seed] = train(side, seed, args, Path(folder))
-                last = logs[side, seed][-1]
-                print(f"{side:11} seed {seed}: held-out {last['eval_loss']:.4f} after {last['tokens'] / 1e6:.1f} M "
-                      f"tokens, {last['tokens_per_s']:,.0f} tokens/s", flush=True)
+    devices = [str(i) for i in range(torch.cuda.device_count())] or [""]
+    free: Queue[str] = Queue()
+    for device in devices:
+        free.put(device)
+    # Seed by seed and side by side: whatever drifts, drifts for all of them.
+    jobs = [(side, seed) for seed in range(args.seeds) for side in args.sides]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(devices)) as pool:
+        logs = dict(zip(jobs, pool.map(lambda job: train(job[0], job[1], args, Path(folder), free), jobs), strict=True))
     final = {side: [logs[side, seed][-1]["eval_loss"] for seed in range(args.seeds)] for side in args.sides}
     for side, losses in final.items():
         spread = stdev(losses) if len(losses) > 1 else float("nan")

@@ -1,13 +1,17 @@
 """Expert parallelism and FSDP over 1, 2, 4 GPUs: tokens/s, and how much of the communication is exposed.
 
-    python tests/bench/scaling.py                  # starts itself under torchrun for each size that fits the machine
+    python tests/bench/scaling.py [ep pregated fsdp]      # starts itself under torchrun, once a size
 
 ep:    a 64-expert top-4 model, its rows fixed a GPU; ladder and standard wiring, and both with the rows staying at home
        ("none": wrong experts, the floor). Hidden share = (standard - ladder) / (standard - none of standard).
-fsdp:  the dense 1.1B shape of tests/bench/dense.py, 8 x 2048 tokens a GPU, its whole training step.
+       "host" is how long the calls of a pass take, waiting for counts included.
+pregated: the same with routers that choose for the next block.
+fsdp:  the dense 1.1B shape of tests/bench/dense.py, 8 x 2048 tokens a GPU, its whole training step; "kept": with
+       gathered weights kept for the backward pass.
 """
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -15,16 +19,18 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from stepladder.model.config import BlockConfig, ModelConfig
 from stepladder.model.decoder import blocks
 from stepladder.model.registry import CHANNEL, TOKEN, find
-from stepladder.parallel.build import build
+from stepladder.parallel.build import Parts, build
 from stepladder.parallel.expert import Carry
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.optimizer import Optimizer
@@ -34,10 +40,10 @@ from stepladder.parallel.support import Parallel
 LAGS = {"standard": (0, 0), "ladder": (1, 1), "none": (0, 0)}
 
 
-def moe(small: bool) -> ModelConfig:
+def moe(small: bool, ahead: int) -> ModelConfig:
     D, H, F, E, layers = (64, 4, 32, 8, 2) if small else (2048, 16, 1024, 64, 8)
     block = BlockConfig(find(TOKEN, "attention").Spec(heads=H, kv_heads=H // 4, head_dim=D // H),
-                        find(CHANNEL, "moe").Spec(experts=E, top_k=4, hidden=F))
+                        find(CHANNEL, "moe").Spec(experts=E, top_k=4, hidden=F, ahead=ahead))
     return ModelConfig(vocab=512 if small else 32768, width=D, layers=layers, blocks={"a": block}, pattern=("a",))
 
 
@@ -59,55 +65,75 @@ class Stay(Carry):
         return self.lanes.carry(rows), announced.view(self.n, -1).sum(0), None
 
 
-def timed(step: Any, times: int, device: torch.device) -> list[float]:
-    out = []
+def timed(step: Any, times: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """ms of each step, and of its calls alone."""
+    out, host = [], []
     for _ in range(times):
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
         step()
+        host.append(1e3 * (time.perf_counter() - began))
         if device.type == "cuda":
             torch.cuda.synchronize()
         out.append(1e3 * (time.perf_counter() - began))
-    return out
+    return out, host
 
 
-def experts(mesh: Mesh, small: bool) -> dict[str, float]:
-    """Median ms of a pass forward and backward, by side."""
-    parts = build(moe(small), mesh, seed=0, dtype=torch.bfloat16, compiled=mesh.device.type == "cuda")
+def traced(step: Any, file: str, mesh: Mesh) -> None:
+    if file:
+        on = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if mesh.rank == 0 else []
+        with profile(activities=on) if on else nullcontext() as seen:
+            timed(step, 1, mesh.device)
+        if seen is not None:
+            seen.export_chrome_trace(file)
+
+
+def experts(mesh: Mesh, small: bool, ahead: int, trace: str) -> dict[str, float]:
+    """Median ms of a pass forward and backward, by side, and of its calls."""
+    parts = build(moe(small, ahead), mesh, seed=0, dtype=torch.bfloat16, compiled=mesh.device.type == "cuda")
     if mesh.device.type == "cuda":
         parts.decoder.to(torch.bfloat16)       # no casts from masters in the timing: they shrink with ep, too
     m = batch(parts.decoder.cfg, mesh, 2 if small else 4, 64 if small else 2048)
-    real = {name: block.channel.experts.exchange for name, block in parts.decoder.blocks.items()}
-    took = defaultdict(list)
+    real = [cast(Any, block.channel).experts.exchange for block in blocks(parts.decoder)]
+
+    def step() -> None:
+        parts.pipe([m])
+        for p in parts.parameters().values():
+            p.grad = None
+
+    took, host = defaultdict(list), defaultdict(list)
     for i in range(4):
         for side, lag in LAGS.items():
             if side == "none" and mesh.ep == 1:
                 continue
-            for exchange, block in zip(real.values(), blocks(parts.decoder), strict=True):
-                block.lag = lag
-                block.channel.experts.exchange = Stay(exchange) if side == "none" else exchange  # pyright: ignore
-
-            def step() -> None:
-                parts.pipe([m])
-                for p in parts.parameters().values():
-                    p.grad = None
-            times = timed(step, 6 if i else 3, mesh.device)
+            for exchange, block in zip(real, blocks(parts.decoder), strict=True):
+                block.lag, inner = lag, cast(Any, block.channel).experts
+                inner.exchange = Stay(exchange) if side == "none" else exchange
+            times, calls = timed(step, 6 if i else 3, mesh.device)
             took[side] += times[2:] if i else []
-    return {side: median(x) for side, x in took.items()}
+            host[side] += calls[2:] if i else []
+            if i == 3:
+                traced(step, trace.replace("SIDE", side), mesh)
+    return {side: median(x) for side, x in took.items()} | {f"host {side}": median(x) for side, x in host.items()}
 
 
-def sharded(mesh: Mesh, small: bool) -> dict[str, float]:
-    """Median ms of a training step."""
-    parts = build(dense(small), mesh, seed=0, dtype=torch.bfloat16, compiled=mesh.device.type == "cuda")
-    optimizer = Optimizer(parts)
-    m = batch(parts.decoder.cfg, mesh, 2 if small else 8, 64 if small else 2048)
+def sharded(mesh: Mesh, small: bool, trace: str) -> dict[str, float]:
+    """Median ms of a training step, weights given back after the forward pass or kept."""
+    took = {}
+    for side, reshard in (("step", True), ("kept", False)) if mesh.size > 1 else (("step", True),):
+        mesh = Mesh(Parallel(reshard=reshard), mesh.device, mesh.rank, mesh.size)
+        parts = build(dense(small), mesh, seed=0, dtype=torch.bfloat16, compiled=mesh.device.type == "cuda")
+        optimizer = Optimizer(parts)
+        m = batch(parts.decoder.cfg, mesh, 2 if small else 8, 64 if small else 2048)
 
-    def step() -> None:
-        result = parts.pipe([m])
-        parts.sums()
-        optimizer.step(result, 1e-4)
-    return {"step": median(timed(step, 16, mesh.device)[6:])}
+        def step(parts: Parts = parts, optimizer: Optimizer = optimizer, m: Micro = m) -> None:
+            result = parts.pipe([m])
+            parts.sums()
+            optimizer.step(result, 1e-4)
+        took[side] = median(timed(step, 14, mesh.device)[0][4:])
+        traced(step, trace.replace("SIDE", side), mesh)
+    return took
 
 
 def batch(cfg: ModelConfig, mesh: Mesh, rows: int, length: int) -> Micro:
@@ -116,36 +142,44 @@ def batch(cfg: ModelConfig, mesh: Mesh, rows: int, length: int) -> Micro:
     return Micro(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
 
 
-def rank(kind: str, small: bool) -> None:
-    me, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def rank(kind: str, args: argparse.Namespace) -> None:
+    me, size, small = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), args.small
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     torch.set_float32_matmul_precision("high")
-    layout = Parallel(ep=size, shard=False) if kind == "ep" else Parallel()
+    mesh = Mesh(Parallel() if kind == "fsdp" else Parallel(ep=size, shard=False), device, me, size)
     gc.disable()
-    ms = (experts if kind == "ep" else sharded)(Mesh(layout, device, me, size), small)
+    trace = args.trace.replace("KIND", f"{kind}{size}")
+    ms = sharded(mesh, small, trace) if kind == "fsdp" else experts(mesh, small, int(kind == "pregated"), trace)
     if me == 0:
-        tokens = 2 * 64 if small else (4 if kind == "ep" else 8) * 2048
+        tokens = 2 * 64 if small else (8 if kind == "fsdp" else 4) * 2048
         memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
         print(json.dumps({"kind": kind, "gpus": size, "ms": ms, "memory": memory,
-                          "tokens_per_s": {k: 1e3 * size * tokens / v for k, v in ms.items()}}), flush=True)
+                          "tokens_per_s": {k: 1e3 * size * tokens / v for k, v in ms.items() if "host" not in k}}),
+              flush=True)
     sys.stdout.flush()
     os._exit(0)
 
 
 def main() -> None:
-    small = "--small" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", default=["ep", "pregated", "fsdp"])
+    parser.add_argument("--small", action="store_true", help="a toy, to try this script")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="GPUs")
+    parser.add_argument("--trace", default="", help="a file for Chrome's tracing, KIND and SIDE in its name replaced")
+    args = parser.parse_args()
     if "RANK" in os.environ:
-        return rank(sys.argv[1], small)
+        return rank(args.kinds[0], args)
     have = torch.cuda.device_count() or 2
+    options = [f"--trace={args.trace}", *(["--small"] if args.small else [])]
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for kind in ("ep", "fsdp"):
-        for n in (n for n in (1, 2, 4) if n <= have):
+    for kind in args.kinds:
+        for n in (n for n in args.sizes if n <= have):
             launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)]
-            done = subprocess.run([*launch, __file__, kind, *sys.argv[1:]], capture_output=True, text=True, timeout=120)
+            done = subprocess.run([*launch, __file__, kind, *options], capture_output=True, text=True, timeout=120)
             lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
             if not lines:
                 print(f"{kind} on {n}: no result\n{done.stderr[-1500:]}", flush=True)
@@ -156,8 +190,9 @@ def main() -> None:
         one = found.get((kind, 1))
         for side, speed in r["tokens_per_s"].items():
             base = one["tokens_per_s"].get(side) if one else None
-            print(f"{kind:5} {n} GPUs {side:9} {r['ms'][side]:8.2f} ms {speed:12,.0f} tokens/s {r['memory']:6.1f} GiB"
-                  + (f"  {speed / n / base:.1%} of one GPU's, a GPU" if base else ""))
+            host = f" host {r['ms'][f'host {side}']:.1f}" if f"host {side}" in r["ms"] else ""
+            print(f"{kind:8} {n} GPUs {side:9} {r['ms'][side]:8.2f} ms{host} {speed:12,.0f} tokens/s "
+                  f"{r['memory']:6.1f} GiB" + (f"  {speed / n / base:.1%} of one GPU's, a GPU" if base else ""))
         if {"standard", "ladder", "none"} <= r["ms"].keys():
             a, b, c = (r["ms"][k] for k in ("standard", "ladder", "none"))
             print(f"      hidden by ladder: {(a - b) / max(1e-9, a - c):.0%} of {a - c:.2f} ms")
