@@ -123,7 +123,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a toy, to try this script")
     parser.add_argument("--out", type=Path, default=Path("quality.png"))
     args = parser.parse_args()
-    devices = [str(i) for i in range(torch.cuda.device_count())] or [""]
+    numbers = ",".join(map(str, range(torch.cuda.device_count())))
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")
     free: Queue[str] = Queue()
     for device in devices:
         free.put(device)
