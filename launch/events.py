@@ -2,7 +2,8 @@
 
 The marker stands for as long as the run should be started again: from its first step until it is finished, stopped by
 --steps-now, or failed by something that would fail again. A process that is killed has no time to leave one, so it is
-there beforehand; whoever restarts jobs looks at it, not at exit codes, which launchers make up.
+there beforehand; whoever restarts jobs looks at it, not at exit codes, which launchers make up. A start that is refused
+leaves the run as it was: its sentence is for whoever asked for it.
 
 Why a run ended can be said by any rank, as rank 0 may be the one that hangs or dies. RUN/.untold lies there while none
 has: who takes it away says it, the others are silent. A start that finds it knows that nobody had the time.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FILE, MARKER, UNTOLD = "events.jsonl", "unfinished", ".untold"
+STARTING = "cut off while it started\n"      # a marker that is this start's own
 
 
 class Events:
@@ -24,7 +26,8 @@ class Events:
 
     def __init__(self, run: Path, rank: int) -> None:
         self.file, self.marker, self.untold = run / FILE, run / MARKER, run / UNTOLD
-        self.rank, self.main, self.together = rank, rank == 0, False
+        self.rank, self.main = rank, rank == 0
+        self.together = self.begun = False
 
     def begin(self) -> None:
         """Rank 0 holds the run folder; the other ranks may be anywhere."""
@@ -38,7 +41,14 @@ class Events:
     def started(self) -> None:
         """All ranks are there: the run should be started again, unless a better word follows."""
         self.together = True
+        if self.main and not self.marker.exists():
+            self._mark(STARTING)
+
+    def begins(self, event: str, **facts: Any) -> None:
+        """Nothing refused the start: from here on what happens happens to the run. event: start or resume."""
+        self.begun = True
         self.goes_on("cut off")
+        self.add(event, **facts)
 
     def add(self, event: str, **facts: Any) -> None:
         """One line: start, resume, signal, skip, unsaved, fault or end, and what is known about it."""
@@ -53,8 +63,11 @@ class Events:
     def goes_on(self, why: str) -> None:
         """Leave or renew the marker: from here on the run should be started again if it ends, for the reason `why`."""
         if self.main:
-            with contextlib.suppress(OSError):
-                self.marker.write_text(f"{why}\n")
+            self._mark(f"{why}\n")
+
+    def _mark(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.marker.write_text(text)
 
     def end(self, step: int, saved: bool, stopped: str) -> None:
         """The program comes to its end at `step`; `stopped` is the signal that asked for it."""
@@ -78,9 +91,13 @@ class Events:
                 self.untold.unlink()
             except OSError:                           # another rank was the first
                 return
-            self._write("fault", {"rank": self.rank, "error": why})
-            if not again:
+            if again or self.begun:
+                self._write("fault", {"rank": self.rank, "error": why})
+            if not again and (self.begun or self._reads(STARTING)):
                 self.marker.unlink(missing_ok=True)
+
+    def _reads(self, text: str) -> bool:
+        return self.marker.exists() and self.marker.read_text() == text
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:

@@ -1,4 +1,7 @@
-"""Timelines of a pipeline: what each rank did when in one step, as a picture, with the bubble beside the formula's."""
+"""Timelines of a pipeline: what each rank did when in one step, as a picture, with the bubble beside the formula's.
+
+And torch's own, of everything that a few steps call, for chrome://tracing.
+"""
 from __future__ import annotations
 
 import time
@@ -71,6 +74,18 @@ class Recorder:
         if isinstance(mark, torch.cuda.Event) and isinstance(self.zero, torch.cuda.Event):
             return self.zero.elapsed_time(mark) / 1e3
         return mark  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def profiled(on: bool, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
+    """Write a trace of steps 3 to 5 of this program; yields what has to be called after each step."""
+    if not on:
+        yield lambda: None
+        return
+    when = torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
+    write = lambda p: p.export_chrome_trace(str(folder / f"trace-rank{rank}.json.gz"))
+    with torch.profiler.profile(schedule=when, on_trace_ready=write) as profile:
+        yield profile.step
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from stepladder.model.decoder import flops, parameters
 from stepladder.parallel import checkpoint, spans
 from stepladder.parallel.build import Parts, build
 from stepladder.parallel.checkpoint import CheckpointError, Lock, Store
+from stepladder.parallel.checkpoint_folder import step_of
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.optimizer import Optimizer, Report
 from stepladder.parallel.pipeline import Micro
@@ -119,6 +120,9 @@ class Trainer:
         if resume == "never" and self.store.newest() is not None:
             raise CheckpointError(f"{self.folder} holds checkpoints already; give another folder with --folder, "
                                   "or resume with --resume auto")
+        if newest is not None and (done := step_of(newest)) > self.run.train.steps:
+            raise config.ConfigError(f"train.steps = {self.run.train.steps}, but {newest} has made {done} steps; raise "
+                                     "train.steps, or give another folder with --folder")
         return newest
 
     def _loader(self, cursor: dict[str, Any] | None, split: str = "train") -> data.Loader:
@@ -142,6 +146,7 @@ class Trainer:
 
     def _introduce(self, start: Path | None) -> None:
         total, active = parameters(self.run.model)
+        passed = {"passed_over": self.store.passed} if self.store.passed else {}
         self._tell(f"{self.mesh!r}, told by {self.world.launcher}")
         if warning := world.slow_link(self.run, self.world, self.flops, self.peak / self.world.size):
             self._tell(warning)
@@ -151,10 +156,10 @@ class Trainer:
         self._tell(f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them for each token, "
                    f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
-        self.events.add("resume" if start else "start", step=self.at, ranks=self.world.size,
-                        launcher=self.world.launcher, attempt=self.world.attempt, mesh=repr(self.mesh),
-                        device=hardware.name(self.device), torch=torch.__version__, code=agree.code(),
-                        data=self.loader.manifest_hash)
+        self.events.begins("resume" if start else "start", step=self.at, ranks=self.world.size,
+                           launcher=self.world.launcher, attempt=self.world.attempt, mesh=repr(self.mesh),
+                           device=hardware.name(self.device), torch=torch.__version__, code=agree.code(),
+                           data=self.loader.manifest_hash, **passed)
         if self.at >= self.run.train.steps:
             self._tell(f"the run is finished: train.steps = {self.run.train.steps}; raise it to go on")
 
@@ -309,18 +314,6 @@ def _table(run: config.Run) -> dict[str, Any]:
     return tomllib.loads(config.dump(run))
 
 
-@contextlib.contextmanager
-def _profiled(on: bool, folder: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """Write a trace of steps 3 to 5 of this program, for chrome://tracing; yields what each step has to call."""
-    if not on:
-        yield lambda: None
-        return
-    when = torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
-    write = lambda p: p.export_chrome_trace(str(folder / f"trace-rank{rank}.json.gz"))
-    with torch.profiler.profile(schedule=when, on_trace_ready=write) as profile:
-        yield profile.step
-
-
 def run(args: argparse.Namespace) -> int:
     """The program: `stepladder train`."""
     w = world.find()
@@ -365,7 +358,7 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
         if main:
             (folder / "config.toml").write_text(config.dump(trainer.run))
             trainer.loader.tokenizer.save(folder)             # the run can be sampled without its shards
-        with (_profiled(args.profile, folder, trainer.world.rank) as mark,
+        with (timeline.profiled(args.profile, folder, trainer.world.rank) as mark,
               timeline.drawn(args.timeline, trainer.parts, folder / "timeline.png", trainer._tell) as draw):
             trainer.steps(args.steps_now, mark, draw)
     finally:

@@ -151,6 +151,7 @@ class Store:
         self.keep_last, self.keep_every, self.background = keep_last, keep_every, background
         self.on_failure, self.note = on_failure, note
         self.failures: list[str] = []
+        self.passed: list[str] = []  # why newer checkpoints were not taken, each with its path
         self.ranks = Ranks(group)
         self.token = self.ranks.share(secrets.token_hex(4))
         self.agreement: Agreement | None = None
@@ -194,17 +195,17 @@ class Store:
         Raises CheckpointError if there are checkpoints but no sound one: a silent fresh start would overwrite them.
         """
         self.finish()
-        passed = []
+        self.passed = []
         for path in self.ranks.share(steps(self.folder)):
             reason = self._fault(path)
             if reason is None:
-                for text in passed:
+                for text in self.passed:
                     self.note(f"passed over {text}; taking {path.name} instead")
                 return path
-            passed.append(reason)
-        if passed:
+            self.passed.append(reason)
+        if faults := "; ".join(self.passed):
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is sound: {'; '.join(passed)}; restore one or start in another folder"
+                f"no checkpoint in {self.folder} is sound: {faults}; restore one or start in another folder"
             )
         return None
 

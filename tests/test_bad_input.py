@@ -1,126 +1,30 @@
 """Bad input, by the command line: one sentence that names the thing, both values and the way out, and exit code 2.
 
-Every kind of it is here, but for prompts that are empty, too long or not text, and runs that cannot be sampled: those
-are in test_generate.py. Bad arguments are in test_cli.py, bad text to prepare in test_prepare.py. Finer cases, one
-layer down, are in test_config.py, test_loader.py, test_shards.py and test_checkpoint_store.py.
+Every kind of it is here, but for run folders and their checkpoints, in test_bad_folders.py, and prompts that are empty,
+too long or not text, and runs that cannot be sampled: those are in test_generate.py. Bad arguments are in test_cli.py,
+bad text to prepare in test_prepare.py. Finer cases, one layer down, are in test_config.py, test_loader.py,
+test_shards.py and test_checkpoint_store.py.
 """
+# ruff: noqa: F811  fixtures are imported
 from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import signal
 import socket
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from corpora import corpus, texts
+from corpora import texts
+from refusals import FOLDER, FULL, GLA, RUN, before_work, here, prepared, refused, train  # noqa: F401
 
 from stepladder.data import tokenizer
 from stepladder.data.manifest import Columns
 from stepladder.data.shards import Corpus
-from stepladder.launch import cli, world
-from stepladder.parallel.checkpoint import Lock, valid
-
-RUN = """
-[model]
-vocab = 288           # the tokenizer has 257
-width = 16
-layers = 4
-pattern = ["gla", "full"]
-[model.blocks.gla]
-token = { kind = "gla", heads = 2, key_dim = 8, value_dim = 8 }
-channel = { kind = "moe", experts = 4, top_k = 2, hidden = 16, ahead = 1 }
-lag = [1, 1]
-[model.blocks.full]
-token = { kind = "attention", heads = 4, kv_heads = 2, head_dim = 8, max_length = 64 }
-channel = { kind = "swiglu", hidden = 16 }
-[data]
-seq = 32
-batch_tokens = 256
-rows = 2
-lanes = 4
-[data.sources.small]
-shards = "shards"
-[train]
-steps = 2
-device = "cpu"
-dtype = "fp32"
-[optimizer]
-lr = 1e-3
-"""
-FOLDER = Path("runs/run")    # where `stepladder train run.toml` writes, under tmp_path
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("bad input") / "shards", texts(120))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch):
-    """A folder with run.toml and shards; what a run changes in its process is put back after it."""
-    shutil.copytree(prepared, tmp_path / "shards")
-    (tmp_path / "run.toml").write_text(RUN)
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]):
-    """Runs `stepladder train run.toml ARGS` -> what it printed."""
-    def run(*args: str, code: int = 0) -> str:
-        assert cli.main(["train", "run.toml", *args]) == code
-        out, err = capsys.readouterr()
-        assert err == ""
-        return out
-    return run
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]):
-    """Runs `stepladder ARGS`, which must fail properly -> (its sentence, what it printed before)."""
-    def run(*args: str, prefix: str = "stepladder: ") -> tuple[str, str]:
-        assert cli.main(args) == 2
-        out, err = capsys.readouterr()
-        assert err.startswith(prefix)
-        assert err.endswith("\n")
-        assert err.count("\n") == 1
-        assert "Traceback" not in err
-        return err.removeprefix(prefix).rstrip("\n"), out
-    return run
-
-
-@pytest.fixture
-def before_work(refused, monkeypatch: pytest.MonkeyPatch):
-    """As `refused`, for `train run.toml ARGS`: no step is made and nothing is saved. Gives the sentence."""
-    def run(*args: str, ranks: int = 1) -> str:
-        if ranks > 1:
-            for name, value in (("RANK", 0), ("WORLD_SIZE", ranks), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 1)):
-                monkeypatch.setenv(name, str(value))
-            monkeypatch.setattr(world.World, "connect", lambda *_: pytest.fail("the ranks would have been joined"))
-        sentence, out = refused("train", "run.toml", *args)
-        assert " loss " not in out
-        assert not list(FOLDER.glob("checkpoints/*"))
-        return sentence
-    return run
-
+from stepladder.launch import world
 
 # item of the list, processes, overrides, what the sentence says (in this order; the last is the way out)
-GLA, FULL = "model.blocks.gla", "model.blocks.full"
 SETTINGS: list[tuple[str, int, str, tuple[str, ...]]] = [
     ("manifest missing", 1, "data.sources.small.shards=nowhere", ("nowhere/manifest.json", "stepladder prepare")),
     ("vocabulary", 1, "model.vocab=256", ("257 ids", "model vocab = 256", "raise model.vocab")),
@@ -323,173 +227,11 @@ def test_other_programs_refuse_what_is_not_there(refused, args, says):
     assert refused(*args)[0].startswith(says)
 
 
-# --- run folders and checkpoints
-
-
-def saved() -> list[str]:
-    return sorted(path.name for path in FOLDER.glob("checkpoints/*"))
-
-
-def records() -> list[dict]:
-    return [json.loads(line) for line in Path(FOLDER, "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("content", ["nothing", "no folder", "files of another program"])
-def test_a_folder_without_checkpoints_cannot_be_resumed(before_work, content):
-    if content != "no folder":
-        FOLDER.mkdir(parents=True)
-    if content.startswith("files"):
-        Path(FOLDER, "checkpoints").mkdir()
-        Path(FOLDER, "notes.txt").write_text("mine")
-    way_out = "drop --resume must to start afresh"
-    assert before_work("--resume", "must") == f"{FOLDER} has no checkpoint to resume from; {way_out}"
-
-
-@pytest.mark.parametrize("resume", ["must", "auto", "never"])
-def test_checkpoints_of_another_program_are_neither_read_nor_removed(refused, resume):
-    theirs = FOLDER / "checkpoints" / "step-00000007"
-    theirs.mkdir(parents=True)
-    (theirs / "checkpoint.json").write_text('{"theirs": 1}')
-    sentence, _ = refused("train", "run.toml", "--resume", resume)
-    assert sentence.startswith(f"no checkpoint in {theirs.parent} is sound: {theirs / 'checkpoint.json'} is damaged")
-    assert sentence.endswith("; restore one or start in another folder")
-    assert (theirs / "checkpoint.json").read_text() == '{"theirs": 1}'
-
-
-def test_a_folder_in_use_is_refused(before_work):
-    FOLDER.mkdir(parents=True)
-    reader, writer = os.pipe()
-    child = os.fork()                           # locks are between processes
-    if child == 0:
-        with Lock(FOLDER):
-            os.write(writer, b"x")
-            signal.pause()
-    try:
-        os.read(reader, 1)
-        sentence = before_work()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert sentence.startswith(f"run folder {FOLDER} is in use by process {child} on host ")
-    assert sentence.endswith("; stop it or give this run another folder")
-
-
-@pytest.fixture
-def trained(train) -> list[str]:
-    train()
-    return saved()
-
-
-@pytest.mark.parametrize(("change", "says"), [
-    ("model.width=32", ("model.width: the checkpoint was made with 16, this run has 32; ", "start a new run folder")),
-    (f"{FULL}.channel.hidden=32", (f"{FULL}.channel.hidden: the checkpoint was made with 16, this run has 32; ",)),
-    ("data.sources.small.weight=2", ("data: the checkpoint was made with '", ", this run has '", "new run folder")),
-    ("data.lanes=2", ("made with lanes = 4, this run has 2; ", "start a new run folder")),
-    ("train.seed=3", ("made with seed = 0, this run has 3; ", "start a new run folder")),
-    ("data.heldout=0.1", ("made with heldout = 0.0, this run has 0.1; ", "start a new run folder")),
-    ("train.dtype=fp64", ("model/embed.table is torch.float32 in the checkpoint, torch.float64 in this model",)),
-])
-def test_a_checkpoint_of_another_run_is_refused_by_the_key_that_differs(trained, refused, change, says):
-    sentence, out = refused("train", "run.toml", "train.steps=4", change)
-    assert all(part in sentence for part in says), sentence
-    assert " loss " not in out
-    assert (saved(), len(records())) == (trained, 2)
-
-
-def test_a_checkpoint_of_other_shards_is_refused(trained, refused, tmp_path):
-    corpus(tmp_path / "new", texts(90, "b"))
-    sentence, _ = refused("train", "run.toml", "train.steps=4", "data.sources.small.shards=new")
-    assert sentence.startswith("data: the checkpoint was made with '")
-    assert saved() == trained
-
-
-def test_a_run_that_has_checkpoints_is_not_started_afresh(trained, refused):
-    sentence, _ = refused("train", "run.toml", "--resume", "never")
-    assert sentence.startswith(f"{FOLDER} holds checkpoints already; give another folder with ")
-    assert saved() == trained
-
-
-def test_a_damaged_checkpoint_is_passed_over_but_the_last_one_is_not_replaced_by_a_fresh_start(train, refused):
-    train("checkpoint.every=1")
-    first, second = sorted(FOLDER.glob("checkpoints/*/rank-00000.bin"))
-    os.truncate(second, 9)
-    out = train("train.steps=1")
-    assert f"passed over {second} has 9 bytes instead of " in out
-    assert "taking step-00000001 instead" in out
-    os.truncate(first, 9)
-    sentence, _ = refused("train", "run.toml")
-    assert sentence.startswith(f"no checkpoint in {FOLDER / 'checkpoints'} is sound: ")
-    assert len(saved()) == 2
-
-
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, train):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))    # the log fits, a checkpoint does not
-    try:
-        out = train("train.steps=5", "checkpoint.every=2", code=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    for step in (4, 5):
-        assert f"step {step} was not saved in {FOLDER / 'checkpoints'} (rank 0: [Errno 27] File too large); " in out
-    assert "the checkpoints before it are untouched" in out
-    assert "the last step is not saved, run the same command again" in out
-    losses = [r["loss"] for r in records()]
-    assert [r["step"] for r in records()] == [1, 2, 3, 4, 5]
-    assert saved() == trained == ["step-00000002"]
-    assert valid(FOLDER / "checkpoints" / "step-00000002") is None
-    train("train.steps=5", "--resume", "must")                   # there is room again
-    assert [r["loss"] for r in records()] == losses
-    assert saved() == ["step-00000002", "step-00000005"]
-
-
-def test_a_folder_that_holds_something_else_is_left_alone(refused):
-    mine = Path("mine")
-    mine.mkdir()
-    (mine / "config.toml").write_text("precious")
-    sentence, _ = refused("train", "run.toml", "--folder", "mine")
-    assert sentence == "mine holds 'config.toml' and no run; give a new or empty folder with --folder"
-    assert [f.read_text() for f in mine.iterdir()] == ["precious"]
-    sentence, _ = refused("train", "run.toml", "--folder", "run.toml")
-    assert sentence == "run.toml is a file; give a folder with --folder"
-
-
-# --- while it trains
-
-
-def test_steps_that_stay_non_finite_stop_the_run_at_a_named_place(trained, refused, train):
-    sentence, out = refused("train", "run.toml", "train.steps=50", "train.max_skipped=3", "optimizer.lr=1e30")
-    last = records()[-1]
-    assert sentence.startswith(f"3 steps in a row had a gradient that is not finite, the last one step {last['step']};")
-    assert last["skipped"] == 3
-    assert "'lanes': 4, " in sentence                            # the cursor: lanes, row, and where each lane stands
-    assert "'row': " in sentence
-    assert sentence.endswith("with a lower optimizer.lr, or raise train.max_skipped")
-    assert out.count("grad not finite") == 3
-    assert saved() == trained
-    assert "from step 2 in " in train("train.steps=3")
-
-
-def test_a_stop_signal_saves_and_ends_with_code_0(train):
-    def ask() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (Path(FOLDER, "metrics.jsonl").exists() and len(records()) >= 3):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    train("train.steps=2000", "checkpoint.every=0")
-    asking.join()
-    step = records()[-1]["step"]
-    assert 3 <= step < 1000
-    assert saved() == [f"step-{step:08d}"]
-    assert f"from step {step} in " in train(f"train.steps={step + 1}", "--resume", "must")
-
-
 # --- models
 
 
-def test_prompt_tokens_outside_the_vocabulary_are_refused(trained, refused):
+def test_prompt_tokens_outside_the_vocabulary_are_refused(train, refused):
+    train()
     Path("bpe").mkdir()
     words = tokenizer.train_bpe(texts(120), 300)
     words.save("bpe")

@@ -125,13 +125,29 @@ def test_the_first_rank_that_says_why_a_run_ended_is_heard(tmp_path: Path, first
     for each in told:
         each.begin()
         each.started()
+        each.begins("start")
     told[first].fault("shard 7 is torn", again)
     told[1 - first].fault("lost another rank")
-    assert [(e["event"], e["rank"], e["error"]) for e in events.read(tmp_path)] == [
-        ("fault", first, "shard 7 is torn")]
+    assert [(e["event"], e.get("rank"), e.get("error")) for e in events.read(tmp_path)] == [
+        ("start", None, None), ("fault", first, "shard 7 is torn")]
     assert (tmp_path / "unfinished").exists() is again
     events.Events(tmp_path, 0).begin()
-    assert len(events.read(tmp_path)) == 1                # it did not end without a word
+    assert len(events.read(tmp_path)) == 2                # it did not end without a word
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("marker", ["", "stopped by SIGTERM at step 3\n"])
+def test_a_start_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path, rank: int, marker: str):
+    if marker:
+        (tmp_path / "unfinished").write_text(marker)
+    told = [events.Events(tmp_path, rank) for rank in range(2)]
+    for each in told:
+        each.begin()
+        each.started()
+    assert (tmp_path / "unfinished").read_text() == (marker or events.STARTING)
+    told[rank].fault("model.width: 16 and 32", again=False)
+    told[1 - rank].fault("lost another rank")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"unfinished": marker} if marker else {})
 
 
 def test_a_full_disk_costs_no_more_than_the_line(tmp_path: Path):

@@ -11,11 +11,11 @@ Where each lives, of those that are not in this file:
 | a time limit, by Slurm's clock | test_slurm.py: test_a_time_limit_is_announced_by_the_clock_and_never_met |
 | a network that is cut | test_slurm.py: test_ranks_whose_network_is_cut_end_and_go_on_when_it_is_back |
 | a rank that sleeps or dies, and who is named | test_watch.py |
-| a file that may not grow, in a save | test_bad_input.py: test_a_full_disk_costs_a_checkpoint_and_not_the_run |
+| a file that may not grow, in a save | test_bad_folders.py: test_a_full_disk_costs_a_checkpoint_and_not_the_run |
 | a full disk of a cache | test_streaming.py: test_a_full_disk_and_a_cache_that_is_gone_cost_the_cache_only |
 | checkpoints damaged in other ways | test_checkpoint_store.py: test_a_damaged_checkpoint_is_passed_over_and_named |
 | USR1, TERM: to one rank, to all, and Slurm's ways of sending them | test_events.py, test_stop.py, test_slurm.py |
-| a gradient that stays non-finite | test_bad_input.py: test_steps_that_stay_non_finite_stop_the_run_at_a_named_place |
+| gradients that stay non-finite | test_bad_folders.py: test_steps_that_stay_non_finite_stop_the_run_at_a_named_place |
 | a corrupt shard that is skipped | test_loader.py: test_a_corrupt_shard_stops_the_run_or_is_skipped_and_counted |
 | servers that fail for a while | test_streaming.py: test_a_source_that_fails_for_a_while_is_asked_again |
 """

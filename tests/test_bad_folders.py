@@ -1,0 +1,190 @@
+"""Run folders and checkpoints that a start must refuse, leaving them as they are, and runs that come to grief."""
+# ruff: noqa: F811  fixtures are imported
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from corpora import corpus, texts
+from refusals import FOLDER, FULL, before_work, here, prepared, refused, train  # noqa: F401
+
+from stepladder.launch import events, status
+from stepladder.parallel.checkpoint import Lock, valid
+
+
+def saved() -> list[str]:
+    return sorted(path.name for path in FOLDER.glob("checkpoints/*"))
+
+
+def files() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in FOLDER.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def records() -> list[dict]:
+    return [json.loads(line) for line in Path(FOLDER, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("content", ["nothing", "no folder", "files of another program"])
+def test_a_folder_without_checkpoints_cannot_be_resumed(before_work, content):
+    if content != "no folder":
+        FOLDER.mkdir(parents=True)
+    if content.startswith("files"):
+        Path(FOLDER, "checkpoints").mkdir()
+        Path(FOLDER, "notes.txt").write_text("mine")
+    way_out = "drop --resume must to start afresh"
+    assert before_work("--resume", "must") == f"{FOLDER} has no checkpoint to resume from; {way_out}"
+
+
+@pytest.mark.parametrize("resume", ["must", "auto", "never"])
+def test_checkpoints_of_another_program_are_neither_read_nor_removed(refused, resume):
+    theirs = FOLDER / "checkpoints" / "step-00000007"
+    theirs.mkdir(parents=True)
+    (theirs / "checkpoint.json").write_text('{"theirs": 1}')
+    sentence, _ = refused("train", "run.toml", "--resume", resume)
+    assert sentence.startswith(f"no checkpoint in {theirs.parent} is sound: {theirs / 'checkpoint.json'} is damaged")
+    assert sentence.endswith("; restore one or start in another folder")
+    assert (theirs / "checkpoint.json").read_text() == '{"theirs": 1}'
+
+
+def test_a_folder_in_use_is_refused(before_work):
+    FOLDER.mkdir(parents=True)
+    reader, writer = os.pipe()
+    child = os.fork()                           # locks are between processes
+    if child == 0:
+        with Lock(FOLDER):
+            os.write(writer, b"x")
+            signal.pause()
+    try:
+        os.read(reader, 1)
+        sentence = before_work()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert sentence.startswith(f"run folder {FOLDER} is in use by process {child} on host ")
+    assert sentence.endswith("; stop it or give this run another folder")
+
+
+@pytest.fixture
+def trained(train) -> list[str]:
+    train()
+    return saved()
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ("model.width=32", ("model.width: the checkpoint was made with 16, this run has 32; ", "start a new run folder")),
+    (f"{FULL}.channel.hidden=32", (f"{FULL}.channel.hidden: the checkpoint was made with 16, this run has 32; ",)),
+    ("data.sources.small.weight=2", ("data: the checkpoint was made with '", ", this run has '", "new run folder")),
+    ("data.lanes=2", ("made with lanes = 4, this run has 2; ", "start a new run folder")),
+    ("train.seed=3", ("made with seed = 0, this run has 3; ", "start a new run folder")),
+    ("data.heldout=0.1", ("made with heldout = 0.0, this run has 0.1; ", "start a new run folder")),
+    ("train.dtype=fp64", ("model/embed.table is torch.float32 in the checkpoint, torch.float64 in this model",)),
+    ("train.steps=1", (f"train.steps = 1, but {FOLDER}/checkpoints/step-00000002 has made 2 steps; raise",)),
+])
+def test_a_start_that_does_not_fit_a_run_is_refused_by_the_key_and_leaves_the_run_as_it_was(trained, refused, change,
+                                                                                           says):
+    (FOLDER / "unfinished").write_text("stopped by SIGTERM at step 2\n")
+    before = files()
+    sentence, out = refused("train", "run.toml", "train.steps=4", change)
+    assert all(part in sentence for part in says), sentence
+    assert " loss " not in out
+    assert files() == before
+    assert status.said(FOLDER, time.time())["run"] == f"{FOLDER}: stopped by SIGTERM at step 2"
+
+
+def test_a_checkpoint_of_other_shards_is_refused(trained, refused, tmp_path):
+    corpus(tmp_path / "new", texts(90, "b"))
+    sentence, _ = refused("train", "run.toml", "train.steps=4", "data.sources.small.shards=new")
+    assert sentence.startswith("data: the checkpoint was made with '")
+    assert saved() == trained
+    assert not (FOLDER / "unfinished").exists()                  # it was finished, and still is
+
+
+def test_a_run_that_has_checkpoints_is_not_started_afresh(trained, refused):
+    sentence, _ = refused("train", "run.toml", "--resume", "never")
+    assert sentence.startswith(f"{FOLDER} holds checkpoints already; give another folder with ")
+    assert saved() == trained
+
+
+def test_a_damaged_checkpoint_is_passed_over_but_the_last_one_is_not_replaced_by_a_fresh_start(train, refused):
+    train("checkpoint.every=1")
+    first, second = sorted(FOLDER.glob("checkpoints/*/rank-00000.bin"))
+    os.truncate(second, 9)
+    out = train("train.steps=1")
+    assert f"passed over {second} has 9 bytes instead of " in out
+    assert "taking step-00000001 instead" in out
+    (passed,) = events.read(FOLDER)[-2]["passed_over"]
+    assert passed.startswith(f"{second} has 9 bytes instead of ")
+    os.truncate(first, 9)
+    sentence, _ = refused("train", "run.toml")
+    assert sentence.startswith(f"no checkpoint in {FOLDER / 'checkpoints'} is sound: ")
+    assert len(saved()) == 2
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, train):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))    # the log fits, a checkpoint does not
+    try:
+        out = train("train.steps=5", "checkpoint.every=2", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for step in (4, 5):
+        assert f"step {step} was not saved in {FOLDER / 'checkpoints'} (rank 0: [Errno 27] File too large); " in out
+    assert "the checkpoints before it are untouched" in out
+    assert "the last step is not saved, run the same command again" in out
+    losses = [r["loss"] for r in records()]
+    assert [r["step"] for r in records()] == [1, 2, 3, 4, 5]
+    assert saved() == trained == ["step-00000002"]
+    assert valid(FOLDER / "checkpoints" / "step-00000002") is None
+    train("train.steps=5", "--resume", "must")                   # there is room again
+    assert [r["loss"] for r in records()] == losses
+    assert saved() == ["step-00000002", "step-00000005"]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(refused):
+    mine = Path("mine")
+    mine.mkdir()
+    (mine / "config.toml").write_text("precious")
+    sentence, _ = refused("train", "run.toml", "--folder", "mine")
+    assert sentence == "mine holds 'config.toml' and no run; give a new or empty folder with --folder"
+    assert [f.read_text() for f in mine.iterdir()] == ["precious"]
+    sentence, _ = refused("train", "run.toml", "--folder", "run.toml")
+    assert sentence == "run.toml is a file; give a folder with --folder"
+
+
+# --- while it trains
+
+
+def test_steps_that_stay_non_finite_stop_the_run_at_a_named_place(trained, refused, train):
+    sentence, out = refused("train", "run.toml", "train.steps=50", "train.max_skipped=3", "optimizer.lr=1e30")
+    last = records()[-1]
+    assert sentence.startswith(f"3 steps in a row had a gradient that is not finite, the last one step {last['step']};")
+    assert last["skipped"] == 3
+    assert "'lanes': 4, " in sentence                            # the cursor: lanes, row, and where each lane stands
+    assert "'row': " in sentence
+    assert sentence.endswith("with a lower optimizer.lr, or raise train.max_skipped")
+    assert out.count("grad not finite") == 3
+    assert saved() == trained
+    assert "from step 2 in " in train("train.steps=3")
+
+
+def test_a_stop_signal_saves_and_ends_with_code_0(train):
+    def ask() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (Path(FOLDER, "metrics.jsonl").exists() and len(records()) >= 3):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    train("train.steps=2000", "checkpoint.every=0")
+    asking.join()
+    step = records()[-1]["step"]
+    assert 3 <= step < 1000
+    assert saved() == [f"step-{step:08d}"]
+    assert f"from step {step} in " in train(f"train.steps={step + 1}", "--resume", "must")
