@@ -14,9 +14,18 @@ from stepladder.parallel import support, zero
 
 
 def check(run: Run, world_size: int) -> None:
-    """Raise ConfigError, one sentence with the way out, for what cannot run on `world_size` processes."""
-    for rule in (_device, _mesh, _heads, _tensor, _copies, _experts, _pregates, _sequence, _data, _batch, _pipeline,
-                 _schedule, _engine, _graph):
+    """Raise ConfigError, one sentence with the way out, for what cannot run on `world_size` processes like this one."""
+    if run.train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('train.device = "cuda", but torch finds no GPU here; set it to "cpu" or "auto"')
+    anywhere(run, world_size)
+    if run.parallel.engine == "deepspeed" and (text := zero.missing()) is not None:
+        raise ConfigError(text)
+
+
+def anywhere(run: Run, world_size: int) -> None:
+    """The same, but for what depends on this machine: jobs are made on another than they run on."""
+    for rule in (_mesh, _heads, _tensor, _copies, _experts, _pregates, _sequence, _data, _batch, _pipeline, _schedule,
+                 _engine, _graph):
         rule(run, world_size)
     support.refuse(run.model, run.parallel, world_size // (run.parallel.tp * run.parallel.pp))
 
@@ -38,11 +47,6 @@ def _moe(run: Run) -> list[tuple[str, Any]]:
 
 def _is_moe(block: BlockConfig) -> bool:
     return hasattr(block.channel, "experts")
-
-
-def _device(run: Run, world: int) -> None:
-    if run.train.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError('train.device = "cuda", but torch finds no GPU here; set it to "cpu" or "auto"')
 
 
 def _mesh(run: Run, world: int) -> None:
@@ -250,5 +254,3 @@ def _engine(run: Run, world: int) -> None:
     if train.graph:
         raise ConfigError('train.graph = true with parallel.engine = "deepspeed": its hooks run on the host, which '
                           "cannot be recorded; set train.graph = false")
-    if (text := zero.missing()) is not None:
-        raise ConfigError(text)
