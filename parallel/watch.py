@@ -27,6 +27,8 @@ EXIT = 70              # EX_SOFTWARE of sysexits.h
 HELD = 4               # collectives watched at once: a handle keeps its output in memory
 NAMES = 4096           # collectives whose names are remembered, to say between which two a hang is
 BEAT = 2.0             # seconds between two words to the store; less where the limit is short
+NEWS = 0.2             # seconds until a step that has begun is told as well; more where ranks are many
+WORDS = 5000           # a second, of all ranks, that the store is to hear at most
 LISTEN = 3             # beats until a rank that says nothing is called silent
 TELL = 5.0             # seconds to say why before the end
 HOUSE = str(Path(__file__).parents[1])
@@ -36,6 +38,11 @@ def listed(ranks: Sequence[int]) -> str:
     """rank 3; ranks 1 and 3; ..."""
     names = [*map(str, ranks[:8]), *([f"{len(ranks) - 8} more"] if len(ranks) > 8 else [])]
     return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names[:-1])} and {names[-1]}"
+
+
+def _in(step: int) -> str:
+    """Where a rank stands. It counts from the first step of this program, whatever the run has made before."""
+    return f"in step {step}" if step else "before its first step"
 
 
 class LostRank(RuntimeError):
@@ -78,14 +85,14 @@ class Watch:
                 self.stop(f"{self._rank(mesh.rank)} stopped: {error}")
                 raise
             self.stop(cause)
-            raise LostRank(f"{self._rank(mesh.rank)} lost the others in step {self.now}{self._last()}: {cause}"
+            raise LostRank(f"{self._rank(mesh.rank)} lost the others {_in(self.now)}{self._last()}: {cause}"
                            ) from error
         finally:
             self.stop(f"{self._rank(mesh.rank)} has come to its end", alarm=False)
 
     def start(self, mesh: Mesh, store: dist.Store, limit: float) -> None:
         self.mesh, self.limit, self.pause = mesh, limit, min(BEAT, limit / 10)
-        self.now, self.started, self.complete, self.beats = 0, 0, 0, 0
+        self.now, self.told, self.started, self.complete, self.beats = 0, 0, 0, 0, 0
         self.names = [("", "")] * NAMES
         self.held: deque[tuple[int, float, dist.Work]] = deque()
         self.runs += 1
@@ -145,7 +152,7 @@ class Watch:
 
     def _follow(self) -> None:
         seen, moved = None, time.monotonic()
-        while not self.ended.wait(self.pause):
+        while self._beat():
             waits, time_ = self._oldest(), time.monotonic()
             self.heard = time_
             state = self.now, self.started, waits and waits[0]
@@ -163,6 +170,17 @@ class Watch:
                 if waited > self.limit:
                     self._end(f"nor is there a word from the store, at rank 0 or its launcher: {error}", waited)
 
+    def _beat(self) -> bool:
+        """Wait for the next beat, with a word about each step that begins before it; False when the watch is over."""
+        end = time.monotonic() + self.pause
+        while (left := end - time.monotonic()) > 0:
+            if self.ended.wait(min(left, max(NEWS, self.mesh.size / WORDS))):
+                return False
+            if self.now != self.told:
+                with contextlib.suppress(RuntimeError):      # the beat's own word finds out too
+                    self._say()
+        return True
+
     def _guard(self, ended: threading.Event) -> None:
         """Where the network is cut the store neither answers nor fails: then the thread that asks it hangs as well."""
         while not ended.wait(self.pause):
@@ -175,7 +193,7 @@ class Watch:
         what = f"for {self._range(waits[0])}" if waits else f"without progress{self._last()}"
         if self.ended.is_set() or self.leaving:
             return
-        why = f"{me} waited {waited:.0f} s in step {self.now} {what}: {cause}"
+        why = f"{me} waited {waited:.0f} s {_in(self.now)} {what}: {cause}"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"stepladder: {why}\n".encode())
         for say, words in ((self._leave, cause), (self.tell, why)):
             saying = threading.Thread(target=say, args=(words,), daemon=True)
@@ -211,12 +229,12 @@ class Watch:
         silent = [r for r, word in words.items() if word.beat == before[r].beat and r != self.mesh.rank]
         if silent:
             return self._list(silent, lambda r: f"has been silent for {max(0.0, time.time() - words[r].time):.0f} s, "
-                                                f"last heard of in step {words[r].step}{words[r].stands}")
+                                                f"last heard of {_in(words[r].step)}{words[r].stands}")
         if behind := self._behind(words):
-            return self._list(behind, lambda r: f"never came, it is in step {words[r].step}{words[r].stands}")
+            return self._list(behind, lambda r: f"never came, it is {_in(words[r].step)}{words[r].stands}")
         places: dict[str, list[int]] = defaultdict(list)
         for rank, word in words.items():
-            places[f"in step {word.step}{word.stands}"].append(rank)
+            places[f"{_in(word.step)}{word.stands}"].append(rank)
         return "; ".join(f"{listed(ranks)} {place}" for place, ranks in [*places.items()][:4])
 
     def _list(self, ranks: list[int], what: Callable[[int], str]) -> str:
@@ -262,8 +280,8 @@ class Watch:
         return at + where
 
     def _say(self, left: str = "") -> None:
-        self.beats += 1
-        word = Word(self.beats, time.time(), self.now, self.started, self._stands(), left)
+        self.beats, self.told = self.beats + 1, self.now
+        word = Word(self.beats, time.time(), self.told, self.started, self._stands(), left)
         self.store.set(str(self.mesh.rank), json.dumps(word))
 
     def _read(self) -> dict[int, Word]:

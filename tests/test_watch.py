@@ -24,7 +24,7 @@ from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Ranks
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
-from stepladder.parallel.watch import EXIT, HELD, LostRank, Watch, watch
+from stepladder.parallel.watch import BEAT, EXIT, HELD, LostRank, Watch, watch
 
 CPU = torch.device("cpu")
 LIMIT = 3.0
@@ -80,6 +80,7 @@ def sleeps() -> None:
 
 
 def dies() -> None:
+    time.sleep(1)                                     # it is in step 2 for as long as a step takes
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -145,7 +146,7 @@ def test_a_killed_rank_is_named_by_the_others(tmp_path: Path) -> None:
     for code, said in found.values():
         assert code != 0
         assert f"{GUILTY} has been silent for " in said
-        assert "last heard of in step" in said
+        assert "last heard of in step 2" in said
 
 
 def test_the_rank_that_holds_the_store_is_named_when_it_dies(tmp_path: Path) -> None:
@@ -267,6 +268,18 @@ def test_only_a_watch_that_rests_waits_longer_than_its_limit(monkeypatch: pytest
         w.stop("")
 
 
+def test_a_step_that_begins_is_told_before_the_next_beat() -> None:
+    """Whoever dies in it was heard of in it."""
+    w, began = watching(), time.monotonic()
+    try:
+        w.step(7)
+        while w._read()[0].step != 7:
+            assert time.monotonic() - began < 0.8 * BEAT
+            time.sleep(0.05)
+    finally:
+        w.stop("")
+
+
 def test_ranks_that_listen_at_the_same_time_do_not_take_each_other_for_silent() -> None:
     words, pair = dist.HashStore(), (Watch(), Watch())
     for rank, w in enumerate(pair):
@@ -274,7 +287,9 @@ def test_ranks_that_listen_at_the_same_time_do_not_take_each_other_for_silent() 
         w.ended.set()                                 # their own threads would beat
         w.thread.join()
         w.ended = threading.Event()
-    assert "rank 1 (pp 0, dp 1, tp 0, ep 0) has been silent" in pair[0]._others()
+    alone = pair[0]._others()
+    assert alone.startswith("rank 1 (pp 0, dp 1, tp 0, ep 0) has been silent for ")
+    assert " s, last heard of before its first step, " in alone
     with ThreadPoolExecutor(2) as pool:
         assert not any("silent" in said for said in pool.map(Watch._others, pair))
 
