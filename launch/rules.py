@@ -8,7 +8,7 @@ import torch
 
 from stepladder.data.fetch import elsewhere
 from stepladder.launch.config import Run, derived
-from stepladder.launch.toml import ConfigError
+from stepladder.launch.toml import ConfigError, text
 from stepladder.model.config import BlockConfig
 from stepladder.parallel import support, zero
 
@@ -18,8 +18,8 @@ def check(run: Run, world_size: int) -> None:
     if run.train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda", but torch finds no GPU here; set it to "cpu" or "auto"')
     anywhere(run, world_size)
-    if run.parallel.engine == "deepspeed" and (text := zero.missing()) is not None:
-        raise ConfigError(text)
+    if run.parallel.engine == "deepspeed" and (lacks := zero.missing(run.parallel)) is not None:
+        raise ConfigError(lacks)
 
 
 def anywhere(run: Run, world_size: int) -> None:
@@ -236,11 +236,18 @@ def _graph(run: Run, world: int) -> None:
 
 def _engine(run: Run, world: int) -> None:
     p, train = run.parallel, run.train
+    theirs = {"zero": p.zero, "nvme": p.nvme or None}                 # None: not asked for
+    ours = {"reshard": None if p.reshard else False, "dp_replicate": p.dp_replicate if p.dp_replicate > 1 else None}
+    other, idle = ("deepspeed", theirs) if p.engine == "fsdp" else ("fsdp", ours)
+    for key, value in idle.items():
+        if value is not None:
+            raise ConfigError(f'parallel.{key} = {text(value)} is for engine = "{other}", but the engine is '
+                              f'"{p.engine}"; drop {key} or change the engine')
     if p.engine == "fsdp":
-        if p.nvme or p.zero != 3:
-            key, value = ("nvme", f'"{p.nvme}"') if p.nvme else ("zero", p.zero)
-            raise ConfigError(f'parallel.{key} = {value} is for engine = "deepspeed", but the engine is "fsdp"; '
-                              f"drop {key} or change the engine")
+        for key, value in ours.items():
+            if value is not None and not p.shard:
+                raise ConfigError(f"parallel.{key} = {text(value)} is about what FSDP shards, but parallel.shard = "
+                                  f"false; drop {key} or shard")
         return
     if not p.shard:
         raise ConfigError('parallel.shard = false, but parallel.engine = "deepspeed" is there to shard; set '
@@ -248,9 +255,9 @@ def _engine(run: Run, world: int) -> None:
     if train.dtype == "fp64":
         raise ConfigError('train.dtype = "fp64", but parallel.engine = "deepspeed" knows no double precision; '
                           'set one to "fp32" or the other to "fsdp"')
-    if p.nvme and not (p.offload and p.zero == 3):
-        raise ConfigError(f'parallel.nvme = "{p.nvme}" is where ZeRO-3 offloads to, but parallel.zero = {p.zero} and '
-                          f"parallel.offload = {str(p.offload).lower()}; set 3 and true, or drop nvme")
+    if p.nvme and not (p.offload and p.zero_stage == 3):
+        raise ConfigError(f'parallel.nvme = "{p.nvme}" is where ZeRO-3 offloads to, but parallel.zero = {p.zero_stage} '
+                          f"and parallel.offload = {str(p.offload).lower()}; set 3 and true, or drop nvme")
     if train.graph:
         raise ConfigError('train.graph = true with parallel.engine = "deepspeed": its hooks run on the host, which '
                           "cannot be recorded; set train.graph = false")

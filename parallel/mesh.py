@@ -175,7 +175,7 @@ class Mesh:
     def __repr__(self) -> str:
         p = self.layout
         data = f"dp{self.dp}" + (f"={p.dp_replicate}x{self.dp // p.dp_replicate}" if p.dp_replicate > 1 else "")
-        engine = f" zero{p.zero}" if p.engine == "deepspeed" else " fsdp" if p.shard and (
+        engine = f" zero{p.zero_stage}" if p.engine == "deepspeed" else " fsdp" if p.shard and (
             self.dp > 1 or p.offload) else ""
         said = [f"pp{self.pp}{f' {p.schedule}' if self.pp > 1 else ''}",
                 f"{data}{engine}{' offload' if p.offload else ''}{f' to {p.nvme}' if p.nvme else ''}",

@@ -24,7 +24,7 @@ class Parallel:
     reshard: bool = True           # free gathered weights after the forward pass, gather again for the backward
     offload: bool = False          # what is sharded stays in host memory, which updates it: weights, gradients, moments
     engine: Literal["fsdp", "deepspeed"] = "fsdp"      # what shards over dp
-    zero: Literal[1, 2, 3] = 3     # DeepSpeed shards moments; from 2 on gradients as well; 3: and weights
+    zero: Literal[1, 2, 3] | None = None    # DeepSpeed shards moments; from 2 on gradients; 3, or absent: and weights
     nvme: str = ""                 # folder on a local disk where DeepSpeed keeps what it offloads; "": in host memory
 
     def __post_init__(self) -> None:
@@ -39,6 +39,10 @@ class Parallel:
     def handed_over(self) -> bool:
         """Whether an engine has the matrices even where there are no other ranks to share them with."""
         return self.offload or self.engine == "deepspeed"
+
+    @property
+    def zero_stage(self) -> int:
+        return self.zero or 3
 
     @property
     def stages(self) -> int:

@@ -14,6 +14,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
+from socket import gethostname
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch.optim.adamw import adamw
 from stepladder.parallel.build import Parts
 from stepladder.parallel.labels import span
 from stepladder.parallel.mesh import Mesh
+from stepladder.parallel.support import Parallel
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 BUCKET = 50_000_000      # gradients summed at once; DeepSpeed would take ten times the memory
@@ -32,12 +35,26 @@ SUB_GROUP = 100_000_000  # weights updated at once where they come from a disk; 
 Verdict = Callable[[Tensor], tuple[Tensor, Tensor]]      # norm of the matrices' gradient -> divisor, 1 for no update
 
 
-def missing() -> str | None:
-    """What to do where DeepSpeed is not installed."""
+def missing(layout: Parallel) -> str | None:
+    """What this machine lacks, and what to do about it: the package, or a disk to offload to."""
     if find_spec("deepspeed") is None:
         return ('parallel.engine = "deepspeed" needs package deepspeed, which is not installed; '
                 "pip install 'stepladder[deepspeed]', or drop the engine: FSDP2 needs nothing")
-    return None
+    return _no_disk(layout.nvme) if layout.nvme else None
+
+
+def _no_disk(path: str) -> str | None:
+    """Why nothing can be kept in a folder. It is not made: a mistyped one may be on another disk."""
+    other = "or drop nvme: host memory does without"
+    if not Path(path).is_dir():
+        return (f'parallel.nvme = "{path}" is no folder of {gethostname()}; make it, on a local disk of every machine, '
+                f"{other}")
+    try:
+        with TemporaryDirectory(prefix="stepladder-", dir=path):
+            return None
+    except OSError as error:
+        return (f'parallel.nvme = "{path}" takes no files on {gethostname()} ({error.strerror}); name a folder on a '
+                f"local disk of every machine, {other}")
 
 
 def _deepspeed(mesh: Mesh) -> Any:
@@ -63,11 +80,11 @@ class Zero:
 
     def __init__(self, parts: Parts, *, betas: tuple[float, float], eps: float, weight_decay: float):
         mesh, layout, stage = parts.mesh, parts.mesh.layout, parts.pipe.stages[0]
-        self.parts, self.stage, self.held = parts, layout.zero, dict[str, Tensor]()
+        self.parts, self.stage, self.held = parts, layout.zero_stage, dict[str, Tensor]()
         self.params = {name: stage.decoder.get_parameter(name) for name in parts.sharded}
         # ZeRO-1 sums bf16 gradients in another optimizer of DeepSpeed, which does not survive one that is not finite.
         # With weights in fp32, cast where they are used, it needs no more memory than that.
-        half = stage.decoder.dtype == torch.bfloat16 and layout.zero > 1
+        half = stage.decoder.dtype == torch.bfloat16 and self.stage > 1
         self.folder = _folder(mesh)
         _hide(stage, self.params)
         self.deepspeed = _deepspeed(mesh)
@@ -76,11 +93,11 @@ class Zero:
         if half:
             for p in self.params.values():
                 p.data = p.data.to(torch.bfloat16)
-        if layout.zero == 3:                  # one by one: the device may not have room for all of them
+        if self.stage == 3:                   # one by one: the device may not have room for all of them
             self.deepspeed.zero.Init(module=stage, config_dict_or_path=config)
         self.adam = _Adam(self.params.values(), betas, eps, weight_decay)
         self.engine = self.deepspeed.initialize(model=stage, optimizer=self.adam, config=config)[0]
-        if layout.zero < 3:                   # moments are found from the first step on; a resume wants them before
+        if self.stage < 3:                    # moments are found from the first step on; a resume wants them before
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         self._put(exact)                      # DeepSpeed made its masters of weights that were rounded
         parts.pipe.forward, parts.pipe.backward = self.engine, self.engine.backward
@@ -195,21 +212,22 @@ def _folder(mesh: Mesh) -> Path | None:
     if not mesh.alone:
         dist.broadcast_object_list(token)
     folder = Path(mesh.layout.nvme) / f"stepladder-{token[0]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     return folder
 
 
 def _config(mesh: Mesh, half: bool, largest: int, folder: Path | None) -> dict[str, Any]:
     """largest: numbers in the largest matrix."""
     layout = mesh.layout
-    zero: dict[str, Any] = {"stage": layout.zero, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0}
+    zero: dict[str, Any] = {"stage": layout.zero_stage, "reduce_bucket_size": BUCKET,
+                            "stage3_param_persistence_threshold": 0}
     if layout.offload:
         home = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
         if folder is not None:
             home |= {"device": "nvme", "nvme_path": str(folder)}
             zero["sub_group_size"] = SUB_GROUP
         zero["offload_optimizer"] = home
-        if layout.zero == 3:
+        if layout.zero_stage == 3:
             zero["offload_param"] = home | {"buffer_size": largest + (1 << 20)}
     return {"train_micro_batch_size_per_gpu": 1, "managed_gradient_accumulation": False, "steps_per_print": None,
             "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,

@@ -85,8 +85,8 @@ def test_a_dumped_run_reads_back_equal():
 
 
 def test_a_dumped_run_names_every_default():
-    saved = tomllib.loads(config.dump(parsed(**{"train.deterministic": False})))
-    run = parsed(**{"train.deterministic": False})
+    run = parsed(**{"train.deterministic": False, "parallel.zero": 2})
+    saved = tomllib.loads(config.dump(run))
     for section in ("train", "optimizer", "data", "parallel", "checkpoint"):
         assert set(saved[section]) == set(asdict(run)[section])
 
@@ -232,6 +232,8 @@ TP2 = {"parallel.tp": 2}
                               for name in ("gla", "full")},
      "model.blocks.gla.token.groups = 2 is not divisible by parallel.tp = 4; change one of them"),
     (2, TP2 | {"parallel.copies": True, "train.device": "cpu"}, "parallel.copies = true copies from GPU to GPU, but"),
+    (2, {"parallel.dp_replicate": 2, "parallel.shard": False},
+     "parallel.dp_replicate = 2 is about what FSDP shards, but parallel.shard = false; drop dp_replicate or shard"),
     (1, {"parallel.sequence": True}, "parallel.sequence = true splits tokens over tp ranks, but parallel.tp = 1;"),
     (2, TP2 | DENSE | {"parallel.sequence": True, "data.seq": 63}, "data.seq = 63 is not divisible by parallel"),
     (1, {"data.seq": 256}, "data.seq = 256 is longer than model.blocks.full.token.max_length = 128; shorten"),
