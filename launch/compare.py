@@ -10,7 +10,7 @@ from typing import Any
 from stepladder.launch import events, plot
 from stepladder.launch.agree import flat
 
-WIDTH = 34                  # characters of a column
+WIDTH = 34                  # characters of a value
 STARTED = ("ranks", "mesh", "device", "torch", "code", "data")        # of an event start or resume
 
 
@@ -21,12 +21,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{runs[0]} alone compares with nothing; name another run, or look at it with stepladder plot")
     out = Path(args.out or runs[0] / "compared.png")
     told = [_Run(path) for path in runs]
-    names = [each.path.resolve().name for each in told]
-    print(_table([("", names), *results(told)]))
+    names = plot.names(runs)
+    print(_table("", names, results(told)))
     print(parting(told))
     print()
     rows = differences(told)
-    print(_table([("differs", names), *rows]) if rows else "no setting differs")
+    print(_table("differs", names, rows) if rows else "no setting differs")
     plot.plot(runs, out)
     print(f"\n{out}")
 
@@ -87,9 +87,10 @@ def _spell(table: dict[str, Any], key: str) -> str:
     return str(table[key]) if key in table else "-"
 
 
-def _table(rows: list[tuple[str, list[str]]]) -> str:
-    left = max(len(name) for name, _ in rows)
-    cut = [(name, [v if len(v) <= WIDTH else f"{v[:WIDTH - 3]}..." for v in values]) for name, values in rows]
+def _table(head: str, names: list[str], rows: list[tuple[str, list[str]]]) -> str:
+    left = max(len(head), *(len(name) for name, _ in rows))
+    cut = [(head, names), *(
+        (name, [v if len(v) <= WIDTH else f"{v[:WIDTH - 3]}..." for v in values]) for name, values in rows)]
     widths = [max(len(v) for v in column) for column in zip(*(values for _, values in cut), strict=True)]
     return "\n".join("  ".join([name.ljust(left), *(v.ljust(w) for v, w in zip(values, widths, strict=True))]).rstrip()
                      for name, values in cut)

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
 def plot(runs: Sequence[Path], out: Path) -> None:
     """Draw loss (also held out), gradient norm, learning rate and speed over tokens; dashed lines mark resumes."""
-    histories = [(path.resolve().name, read(path)) for path in runs]
+    histories = [(name, read(path)) for name, path in zip(names(runs), runs, strict=True)]
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = list(figure.subplots(2, 2, sharex=True).flat)
     for ax, (key, title) in zip(axes, PANELS, strict=True):
@@ -45,6 +45,13 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     axes[0].legend(fontsize=8, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
+
+
+def names(runs: Sequence[Path]) -> list[str]:
+    """Of each folder's path so much of the end as no other has."""
+    paths = [path.resolve().parts for path in runs]
+    return [next("/".join(p[-n:]) for n in range(1, len(p) + 1) if all(q == p or q[-n:] != p[-n:] for q in paths))
+            for p in paths]
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -381,7 +381,10 @@ def _claim(folder: Path) -> None:
     """Make the run folder; ValueError for one that holds anything but a run: its files would be written over."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder with --folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--folder {folder} cannot be made ({error.strerror}); give another") from None
     found = {f.name for f in folder.iterdir()}
     if found and not found & {".lock", "checkpoints", "metrics.jsonl", "slurm"}:
         raise ValueError(f"{folder} holds {min(found)!r} and no run; give a new or empty folder with --folder")

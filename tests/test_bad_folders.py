@@ -155,6 +155,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(refused):
     assert [f.read_text() for f in mine.iterdir()] == ["precious"]
     sentence, _ = refused("train", "run.toml", "--folder", "run.toml")
     assert sentence == "run.toml is a file; give a folder with --folder"
+    sentence, _ = refused("train", "run.toml", "--folder", "run.toml/run")
+    assert sentence == "--folder run.toml/run cannot be made (Not a directory); give another"
 
 
 # --- while it trains

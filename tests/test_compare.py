@@ -7,11 +7,11 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from stepladder.launch import cli
+from stepladder.launch import cli, plot
 
 
 def made(run: Path, losses: list[float], ranks: int = 1, seed: int = 0) -> Path:
-    run.mkdir()
+    run.mkdir(parents=True)
     (run / "config.toml").write_text(f"[train]\nsteps = 9\nseed = {seed}\n\n[model]\nwidth = 8\n")
     (run / "metrics.jsonl").write_text("".join(json.dumps(
         {"step": i, "tokens": 100 * i, "loss": loss, "tokens_per_s": 50.0}) + "\n" for i, loss in enumerate(losses, 1)))
@@ -19,6 +19,14 @@ def made(run: Path, losses: list[float], ranks: int = 1, seed: int = 0) -> Path:
         {"time": 0.0, "event": event, "ranks": ranks, "torch": "2"}) + "\n" for event in ("start", "fault", "resume")))
     return run
 
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_that_hold_them(tmp_path, capsys):
+    long = "learning-rate-and-nothing-else-was-changed-"
+    runs = [made(tmp_path / path, [3.0]) for path in (f"{long}1/x/run", f"{long}2/x/run", "other")]
+    assert cli.main(["compare", *map(str, runs)]) == 0
+    assert capsys.readouterr().out.split("\n")[0].split() == [f"{long}1/x/run", f"{long}2/x/run", "other"]
+    assert plot.names([runs[0], runs[2]]) == ["run", "other"]
+    assert plot.names([runs[2], runs[2]]) == ["other", "other"]
 
 
 def test_equal_runs_are_said_to_be_equal_bit_by_bit(tmp_path, capsys):
