@@ -1,15 +1,23 @@
-"""Where there is no GPU, triton interprets kernels; it reads this once, when kernels are imported."""
+"""Where there is no GPU, triton interprets kernels; it reads this once, when kernels are imported.
+Ranks are forked from a server that has imported the files of their tests.
+"""
 from __future__ import annotations
 
 import os
 from importlib import import_module
 
 import pytest
+import ranks
 import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    files = {item.module for item in session.items if isinstance(item, pytest.Function)}
+    ranks.preload(*sorted(file.__name__ for file in files if "ranks" in vars(file)))
 
 
 @pytest.fixture(scope="module", autouse=True)

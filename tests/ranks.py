@@ -1,15 +1,19 @@
-"""Groups of gloo ranks for tests: a fork server with torch preloaded starts one in a tenth of a second."""
+"""Groups of gloo ranks for tests: a fork server that has imported all they need starts one in a few milliseconds."""
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context, parent_process
+from functools import cache
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _context = get_context("forkserver")
 PRELOADED = [
@@ -20,16 +24,33 @@ PRELOADED = [
 
 
 def preload(*modules: str) -> None:
-    """What all ranks have imported; more is added by a test file when it is imported, before the first of them starts.
+    """What all ranks have imported; more is added before the first of them starts, by conftest.py the tests' own files.
 
-    A module that cannot be imported is skipped without a word, and every rank then spends a second or two on it.
+    A module that cannot be imported is skipped without a word, and every rank then imports it on its own.
     """
     PRELOADED.extend(modules)
-    if parent_process() is None:       # ranks have a server of their own for data workers, which need none of this
-        _context.set_forkserver_preload(PRELOADED)
 
 
-preload()
+@cache
+def _serve() -> None:
+    """Starts the server. It looks for modules as a new Python does: here too only if PYTHONPATH says so."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    _context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))):
+        forkserver.ensure_running()
+
+
+def process(target: Callable[..., Any], *args: Any) -> ForkServerProcess:
+    """A process to start that has imported everything. No daemon: it may start data workers."""
+    _serve()
+    return _context.Process(target=_begin, args=(target, args))
+
+
+def _begin(target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()             # the server's objects: each collection would walk through all of them, and copy their pages
+    target(*args)
+
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")            # read by the server's OpenMP; busy pools thrash two cores
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -44,8 +65,7 @@ def run(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> lis
         pipes, ranks = [], []
         for rank in range(n):
             ours, theirs = _context.Pipe(duplex=False)
-            work = (theirs, rank, n, Path(folder) / "rendezvous", fn, args)
-            p = _context.Process(target=_rank, args=work)      # not a daemon: a rank may start data workers
+            p = process(_rank, theirs, rank, n, Path(folder) / "rendezvous", fn, args)
             p.start()
             theirs.close()
             pipes.append(ours)

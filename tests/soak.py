@@ -36,7 +36,7 @@ def start(config: Path, run: Path) -> Sequence[BaseProcess]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    processes = [ranks._context.Process(target=train, args=(rank, port, config, run)) for rank in range(RANKS)]
+    processes = [ranks.process(train, rank, port, config, run) for rank in range(RANKS)]
     for p in processes:
         p.start()
     return processes

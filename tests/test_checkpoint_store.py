@@ -1,7 +1,6 @@
 """What a run can rely on when it saves, dies and comes back."""
 
 import argparse
-import multiprocessing
 import os
 import pickle
 import resource
@@ -134,7 +133,7 @@ def save_for_ever(run: str) -> None:
 
 def killed(target, run: Path, when) -> None:
     """Run target in a process of its own and kill -9 it as soon as `when` holds."""
-    process = multiprocessing.get_context("forkserver").Process(target=target, args=(str(run),))
+    process = ranks.process(target, str(run))
     process.start()
     deadline = time.monotonic() + 30
     while not when():

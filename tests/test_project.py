@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 import tomllib
@@ -9,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ranks
 
 from stepladder.model.registry import CHANNEL, TOKEN, find
 from stepladder.parallel import support
 
 ROOT = Path(__file__).resolve().parents[1]
+IMPORTED_BY = os.getpid()
 MAY_IMPORT = {      # layer -> the layers it knows, and the packages from outside
     "launch": ({"launch", "parallel", "model", "data", "ops"}, {"torch", "numpy", "matplotlib"}),
     "parallel": ({"parallel", "model", "ops"}, {"torch"}),
@@ -178,3 +181,12 @@ def test_megablocks_is_no_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(p for extra in project["optional-dependencies"].values() for p in extra)]
     assert not [p for p in wanted if p.startswith(("megablocks", "grouped"))]
+
+
+def lacking(rank: int, n: int, wanted: set[str]) -> tuple[bool, set[str]]:
+    return os.getpid() == IMPORTED_BY, wanted - sys.modules.keys()
+
+
+def test_ranks_are_forked_from_a_server_that_has_imported_their_tests() -> None:
+    """A third of a second of every rank."""
+    assert ranks.run(1, lacking, {*ranks.PRELOADED}) == [(False, set())]

@@ -100,7 +100,7 @@ def lambda_train(rank: int, n: int, config: Path, run: Path, more: tuple[str, ..
 
 def killed(target: Callable[..., None], *args: Any, when: Callable[[], bool]) -> None:
     """Runs target in a process of its own and kills it with SIGKILL as soon as `when` holds."""
-    process = ranks._context.Process(target=target, args=args)
+    process = ranks.process(target, *args)
     process.start()
     assert process.pid is not None
     end = time.monotonic() + 60

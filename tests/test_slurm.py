@@ -238,8 +238,7 @@ def train_at(rank: int, network: str, config: Path, run: Path) -> None:
 
 def apart(nodes: cluster.Cluster, config: Path, run: Path, cut: bool) -> list[int | None]:
     """Exit codes of two ranks at two nodes; `cut` takes one node's cable out after a checkpoint."""
-    processes = [ranks._context.Process(target=train_at, args=(rank, f"{nodes.tag}-n{rank + 1}", config, run))
-                 for rank in range(2)]
+    processes = [ranks.process(train_at, rank, f"{nodes.tag}-n{rank + 1}", config, run) for rank in range(2)]
     for p in processes:
         p.start()
     try:

@@ -38,7 +38,7 @@ def store() -> dist.Store:
 def ends(n: int, fn: Callable[..., None], folder: Path, *args: Any, init: str = "") -> dict[int, tuple[int, str]]:
     """fn(rank, n, *args) in n processes that end as they like: exit code and last words of all that do within 30 s."""
     init = init or f"file://{folder / 'rendezvous'}"
-    processes = [ranks._context.Process(target=_rank, args=(rank, n, fn, folder, init, args)) for rank in range(n)]
+    processes = [ranks.process(_rank, rank, n, fn, folder, init, args) for rank in range(n)]
     for p in processes:
         p.start()
     end = time.monotonic() + 30
