@@ -35,8 +35,10 @@ def run(args: argparse.Namespace) -> int:
     w, limit = world.find(), timedelta(minutes=args.minutes)
     nodes = args.nodes or [socket.gethostname()]
     if w.size % len(nodes):
-        raise ValueError(f"{w.size} processes are not equally many on each of {len(nodes)} machines; give all their "
-                         "names with --nodes, and start as many on each")
+        raise ValueError(f"the number of processes = {w.size} is not divisible by that of --nodes = {len(nodes)}; give "
+                         "the names of all machines, and start as many processes on each")
+    if w.main and args.bad and not Path(args.bad).parent.is_dir():
+        raise ValueError(f"--bad {args.bad}: there is no folder {Path(args.bad).parent}; make it, or give another file")
     each = w.size // len(nodes)
     told = "; ".join(faults(args, limit)) if w.rank % each == 0 else ""
     store = w.meet(together=False)
@@ -103,24 +105,28 @@ def _ails(gpu: xml.Element) -> Iterator[str]:
 
 
 def disk(folder: Path, gib: float) -> Iterator[str]:
-    """Room, and that something can be written."""
+    """Room, and that something can be written. A folder that is not there is not made: its disk may not be mounted."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            yield f"--disk {folder} is {'a file; name' if folder.exists() else 'not there; make it, or name'} a folder"
+            return
         free = shutil.disk_usage(folder).free / 2**30
         if free < gib:
             yield f"{folder} has {free:.3g} GiB free, {gib:g} are wanted"
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
-        yield f"{folder}: {error.strerror}"
+        yield f"{folder} cannot be written to ({error.strerror}); mend it, or name another folder"
 
 
 def _said(command: Sequence[str], name: str, limit: timedelta) -> tuple[str, list[str]]:
     """What a command prints, and what is wrong if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit.total_seconds())
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return "", [f"{name}: {error}"]
+    except subprocess.TimeoutExpired:
+        return "", [f"{name} was not over in {limit.total_seconds():g} s; what takes longer wants more --minutes"]
+    except OSError as error:
+        return "", [f"{name} does not start ({error.strerror}); install what is missing"]
     last = [f": {line}" for line in (*done.stdout.splitlines(), *done.stderr.splitlines())][-1:]
     return done.stdout, [f"{name} ended with {done.returncode}{''.join(last)}"] * (done.returncode != 0)
 

@@ -55,10 +55,12 @@ def test_a_gpu_that_nvidia_smi_complains_of_is_named(gpus, capsys, ails: str, sa
 
 @pytest.mark.parametrize(("args", "says"), [
     (["--gpus", "8"], "torch finds 2 GPUs instead of 8; nvidia-smi ended with 9: "),
-    (["--disk", "/dev/null/x"], "/dev/null/x: Not a directory"),
+    (["--disk", "/dev/null/x"], "--disk /dev/null/x is not there; make it, or name a folder"),
+    (["--disk", __file__], f"--disk {__file__} is a file; name a folder"),
+    (["--disk", "/proc"], "/proc cannot be written to ("),
     (["--disk", "/tmp", "--gib", "1e9"], " GiB free, 1e+09 are wanted"),
     (["--also", "echo first; echo fan 3 stands still >&2; exit 4"], "exit 4 ended with 4: fan 3 stands still"),
-    (["--also", "sleep 9", "--minutes", "0.005"], "sleep 9: Command "),
+    (["--also", "sleep 9", "--minutes", "0.005"], "sleep 9 was not over in 0.3 s; what takes longer "),
 ])
 def test_what_is_wrong_with_this_machine_is_said(gpus, capsys, tmp_path: Path, args: list[str], says: str):
     gpus("", code=9)
@@ -67,6 +69,28 @@ def test_what_is_wrong_with_this_machine_is_said(gpus, capsys, tmp_path: Path, a
     out = capsys.readouterr().out
     assert says in out
     assert bad.read_text() == out.replace(": ", " ", 1)
+
+
+def test_a_mistyped_folder_is_named_and_not_made(capsys, tmp_path: Path):
+    missing = tmp_path / "no" / "such"
+    assert cli.main(["check", "--disk", str(missing)]) == 1
+    assert f": --disk {missing} is not there; make it, or name a folder\n" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["--bad", "no/such/file"], "--bad no/such/file: there is no folder no/such; make it, or give another file"),
+    (["--nodes", "n1", "n2"], "the number of processes = 1 is not divisible by that of --nodes = 2; give the names "),
+    (["--gpus=-1"], "argument --gpus: -1 must be an integer, 0 or more"),
+])
+def test_what_cannot_be_checked_is_refused_before_work(monkeypatch, capsys, args: list[str], says: str):
+    monkeypatch.setattr(check, "faults", lambda *_: pytest.fail("the machine would have been looked at"))
+    try:
+        code = cli.main(["check", *args])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert says in capsys.readouterr().err
 
 
 def looks(rank: int, n: int, bad: Path, crime: str) -> None:
