@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ EXAMPLES = {
   stepladder slurm run.toml --nodes 4 --time 12:00:00
   stepladder slurm run.toml parallel.tp=8 --nodes 2-4 --time 12:00:00 --folder runs/first --submit""",
     "check": """\
-  stepladder check --gpus 8 --disk runs/first --gib 500
+  stepladder check --gpus 8 --disk runs --disk /local/disk --gib 500
   srun --nodes 2 --ntasks-per-node 8 stepladder check --gpus 8 --nodes n1 n2""",
     "status": "  stepladder status runs/first",
     "export": "  stepladder export runs/first first.safetensors",
@@ -69,6 +70,7 @@ EXAMPLES = {
 
 
 RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")    # of torchrun, two kinds of mpiexec, and srun
+NODES = 65_536                           # more than any cluster has
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,6 +153,16 @@ def _program(name: str) -> Program:
     return lambda args: import_module(f"stepladder.launch.{name}").run(args)
 
 
+def _train_program(args: argparse.Namespace) -> int | None:
+    """Signals that come while torch is imported wait for launch/stop.py. Who started this may be gone by then, too."""
+    args.parent = os.getppid()
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    try:
+        return _program("train")(args)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 def _support(args: argparse.Namespace) -> None:
     print(import_module("stepladder.parallel.support").markdown())
 
@@ -181,8 +193,10 @@ def _status(p: argparse.ArgumentParser) -> None:
 
 
 def _check(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--gpus", metavar="N", type=int, default=0, help="this machine is to have (default: 0, on CPUs)")
-    p.add_argument("--disk", metavar="DIR", action="append", default=[], help="to be written to; may be given again")
+    p.add_argument("--gpus", metavar="N", type=_natural, default=0,
+                   help="this machine is to have (default: 0, on CPUs)")
+    p.add_argument("--disk", metavar="DIR", action="append", default=[],
+                   help="that is there, and can be written to; may be given again")
     p.add_argument("--gib", metavar="X", type=_from0, default=10.0, help="free in each DIR (default: 10)")
     p.add_argument("--also", metavar="CMD", help="of your site, to end with 0: 'dcgmi diag -r 1'")
     p.add_argument("--nodes", metavar="NAME", nargs="+", help="the machines, in the order of their processes")
@@ -264,7 +278,7 @@ COMMANDS = {
     "support": Command("Print the table of supported combinations as Markdown.", lambda p: None, _support),
     "prepare": Command("Turn text into tokenised shards with a manifest; restartable.", _prepare, _program("prepare")),
     "inspect": Command("Count what is in shards, show documents, verify checksums.", _inspect, _program("inspect")),
-    "train": Command("Train the run of a TOML file, or resume it; also under torchrun.", _train, _program("train")),
+    "train": Command("Train the run of a TOML file, or resume it; also under torchrun.", _train, _train_program),
     "slurm": Command("Print the Slurm job of a run, slurm/train.sbatch filled in, or submit it.", _slurm,
                      _program("slurm")),
     "check": Command("Look whether machines are fit: GPUs, disks, your own command, and a sum over all processes.",
@@ -292,16 +306,17 @@ def _number(kind: type, holds: Callable[[Any], bool], expected: str) -> Callable
 
 
 _count = _number(int, lambda n: n >= 1, "an integer, at least 1")
+_natural = _number(int, lambda n: n >= 0, "an integer, 0 or more")
 _from0 = _number(float, lambda x: 0 <= x < float("inf"), "a number, 0 or more")
 _above0 = _number(float, lambda x: 0 < x < float("inf"), "a number above 0")
 _share = _number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 
 
 def _range(text: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
-    if not low.isdecimal() or not (high or low).isdecimal() or not 1 <= int(low) <= int(high or low):
-        raise argparse.ArgumentTypeError(f"{text} must be a number of nodes like 4, or a range like 2-4")
-    return int(low), int(high or low)
+    low, _, high = (text if "-" in text else f"{text}-{text}").partition("-")
+    if not low.isdecimal() or not high.isdecimal() or not 1 <= int(low) <= int(high) <= NODES:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of nodes like 4, or a range like 2-4, up to {NODES}")
+    return int(low), int(high)
 
 
 def _size(text: str) -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 import subprocess
@@ -9,29 +10,35 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from stepladder.launch import config, rules
+from stepladder.launch import config, rules, world
 from stepladder.launch.toml import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "slurm" / "train.sbatch"
+LEAD = 300                       # seconds before its limit in which a job saves; of a short one a quarter
+YEAR = 366 * 24 * 3600
 
 
 def run(args: argparse.Namespace) -> int:
-    """The program: `stepladder slurm`. What the run file cannot mean on so many ranks is said before the queue."""
-    chosen = config.load(args.config, args.overrides)
-    # A login node has no GPU, which says nothing about the nodes of the job.
-    here = replace(chosen, train=replace(chosen.train, device="cpu", graph=False))
-    low, high = args.nodes
-    rules.check(here, low * args.per_node)
-    fit = [n for n in range(low, high + 1) if _fits(here, n * args.per_node)]
+    """The program: `stepladder slurm`. What can run on no machine is said before the queue, the rest on the nodes."""
     folder = Path(args.run or Path("runs") / Path(args.config).stem).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder with --folder")
+    limit = seconds(args.time)
+    chosen = config.load(args.config, args.overrides)
+    gpus = chosen.train.device != "cpu"
+    # Whether there are GPUs is known on the nodes: this may be a login node, which has none.
+    there = replace(chosen, train=replace(chosen.train, device="cuda")) if gpus else chosen
+    low, high = args.nodes
+    fit = dealt(there, low, high, args.per_node)
     options = {"job-name": Path(args.config).stem, "nodes": f"{low}-{high}" if low < high else f"{low}",
                "time": args.time, "partition": args.partition, "account": args.account,
-               "gpus-per-node": str(args.per_node) if chosen.train.device != "cpu" else "",
-               "exclude": ",".join(_excluded(folder)) or None}
+               "gpus-per-node": str(args.per_node) if gpus else "", "chdir": str(Path.cwd()),
+               "signal": f"B:USR1@{min(LEAD, limit // 4)}", "exclude": ",".join(_excluded(folder)) or None}
     settings = {"RUN": str(Path(args.config).absolute()), "FOLDER": str(folder), "ARGS": args.overrides,
                 "PER_NODE": str(args.per_node), "START": args.start, "RESTARTS": str(args.restarts),
                 "FIT": [str(n) for n in fit] if len(fit) <= high - low else [],
+                "DISKS": [chosen.parallel.nvme] if chosen.parallel.nvme else [],
                 "BIN": str(Path(sys.executable).parent), "CODE": str(ROOT)}
     text = filled(TEMPLATE.read_text(), options, settings)
     if not args.submit:
@@ -46,12 +53,68 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"sbatch is not on this machine; submit {script} on a login node of the cluster") from None
 
 
-def _fits(run: config.Run, processes: int) -> bool:
+def seconds(limit: str) -> int:
+    """Of a time limit as Slurm spells it."""
+    form = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", limit, re.ASCII)
+    days, *rest = (int(number or 0) for number in form.groups()) if form else (0, 0, 0, 0)
+    if form and not form[1] and not form[4]:      # minutes and perhaps seconds: with neither days nor both colons
+        rest = [0, *rest[:2]]
+    found = ((24 * days + rest[0]) * 60 + rest[1]) * 60 + rest[2]
+    if not 0 < found <= YEAR:
+        raise ValueError(f"--time {limit} must be a time above 0 and up to a year, as minutes, MM:SS, HH:MM:SS, D-HH, "
+                         "D-HH:MM or D-HH:MM:SS, like 12:00:00 or 2-12")
+    return found
+
+
+def dealt(run: config.Run, low: int, high: int, per_node: int) -> list[int]:
+    """The numbers of nodes, low and high among them, that the batch can be dealt to; ConfigError if these two are not.
+
+    With nodes beyond the highest of them Slurm would give a job what it cannot use.
+    """
+    most = run.data.lanes * run.parallel.tp * run.parallel.pp          # processes: one reads a lane at least
+    fit = [n for n in range(1, most // per_node + 1) if most % (n * per_node) == 0 and not _wrong(run, n, per_node)]
+    for n in (low, high):
+        if error := _wrong(run, n, per_node):
+            raise ConfigError(_way_out(run, n, per_node, fit, error))
+    return [n for n in fit if low <= n <= high]
+
+
+def _wrong(run: config.Run, nodes: int, per_node: int) -> str:
+    """Why the run would be refused on any machines of so many; empty if it would not."""
     try:
-        rules.check(run, processes)
-    except ConfigError:
-        return False
-    return True
+        rules.anywhere(run, nodes * per_node)
+        world.refuse_far_copies(run, world.World(size=nodes * per_node, local_size=per_node))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _way_out(run: config.Run, nodes: int, per_node: int, fit: list[int], error: str) -> str:
+    """The sentence, with what was seen to help."""
+    d, dp = run.data, nodes * per_node // (run.parallel.tp * run.parallel.pp)
+    asked = f"--nodes {nodes} of {per_node} process{'es' * (per_node > 1)}"
+    others = " or ".join([", ".join(map(str, fit[:-1]))] * (len(fit) > 1) + [str(n) for n in fit[-1:]])
+    take = [f"take {others} node{'s' * (fit != [1])}"] * bool(fit)
+    change = _change(run, nodes, per_node, dp) if dp else {}
+    if not change or (d.lanes % dp == 0 and d.batch_tokens % (d.seq * d.rows * dp) == 0):
+        return f"{asked}: {'; or '.join([error, *take])}"
+    settings = "set " + " ".join(f"data.{key}={value}" for key, value in change.items())
+    return (f"{asked}, dp = {dp}, cannot share out the batch: data.batch_tokens = {d.batch_tokens} must be a multiple "
+            f"of data.seq x data.rows x dp = {d.seq} x {d.rows} x {dp}, and data.lanes = {d.lanes} one of dp; "
+            f"{', or '.join([*take, settings])}")
+
+
+def _change(run: config.Run, nodes: int, per_node: int, dp: int) -> dict[str, int]:
+    """What to set of [data] so that its batch can be shared out: smaller pieces, or more and larger ones."""
+    d = run.data
+    lanes = -(-d.lanes // dp) * dp
+    unit = d.seq * math.lcm(d.rows * dp, lanes)
+    batch = -(-d.batch_tokens // unit) * unit
+    for change in (*({"rows": rows} for rows in range(d.rows - 1, 0, -1)),
+                   *({"lanes": lanes, "batch_tokens": batch + more * unit} for more in range(run.parallel.pp))):
+        if not _wrong(replace(run, data=replace(d, **change)), nodes, per_node):
+            return {key: value for key, value in change.items() if value != getattr(d, key)}
+    return {}
 
 
 def _excluded(folder: Path) -> list[str]:
@@ -65,16 +128,17 @@ def filled(text: str, options: dict[str, str | None], settings: dict[str, str | 
     """The script with other values. options: of #SBATCH, "" takes one out and None leaves it; settings: NAME=value."""
     for name, value in options.items():
         if value is not None:
-            mark = "#SBATCH" if value else "##SBATCH"
-            text = _sub(text, rf"^#+SBATCH (--{name}=)\S+( *)", lambda m, mark=mark, value=value:
-                        f"{mark} {m[1]}{value or '0'}{m[2]}")
+            line = f"{'#' if value else '##'}SBATCH --{name}={shlex.quote(value) if value else 0}"
+            text = _with(text, rf"#+SBATCH --{name}=\S+", line)
     for name, value in settings.items():
         word = f"({shlex.join(value)})" if isinstance(value, list) else shlex.quote(value)
-        text = _sub(text, rf"^({name}=)(?:\([^)]*\)|\S+)( *)", lambda m, word=word: f"{m[1]}{word}{m[2]}")
+        text = _with(text, rf"{name}=(?:\([^)]*\)|\S+)", f"{name}={word}")
     return text
 
 
-def _sub(text: str, pattern: str, put) -> str:
-    text, count = re.subn(pattern, put, text, flags=re.MULTILINE)
+def _with(text: str, pattern: str, line: str) -> str:
+    """`text` with `line` for the only one like the pattern; a comment behind it stays where it is if there is room."""
+    put = lambda m: f"{line.ljust(len(m[1]) - 1)} {m[2]}" if m[2] else line
+    text, count = re.subn(rf"^({pattern} *)(#.*)?$", put, text, flags=re.MULTILINE)
     assert count == 1, f"{TEMPLATE} has {count} lines like {pattern}"
     return text
