@@ -27,14 +27,14 @@ def label(piece: Tensor, decl: Decl, mesh: Mesh, sharded: int | None) -> Tensor:
         along = lambda dim, ranks: Replicate() if dim is None or ranks == 1 else Shard(dim)
         data = Replicate() if sharded is None else Shard(sharded)
         if decl.ep is not None:
-            over, places = mesh.expert["edp", "ep"], [data, along(decl.ep, mesh.ep)]
+            over, places = mesh.expert, [data, along(decl.ep, mesh.ep)]
         elif decl.tp is not None and decl.pieces(mesh.tp) < mesh.tp:
-            over = mesh.units(decl.pieces(mesh.tp))["replicate", "shard", "piece", "copy"]
+            over = mesh.units(decl.pieces(mesh.tp))
             places = [Replicate(), data, Shard(decl.tp), Replicate()]
         else:
-            over = mesh.dense["replicate", "shard", "tp"]
+            over = mesh.dense
             places = [Replicate(), data, along(decl.tp, mesh.tp)]
-        whole = held(piece.detach(), decl.shape, over, places)
+        whole = held(piece.detach(), decl.shape, mesh.stage(over), places)
     assert tuple(whole.shape) == decl.shape, f"the piece is {tuple(whole.shape)}, declared is {decl.shape}"
     return whole
 

@@ -101,6 +101,17 @@ class Mesh:
     def _units(self) -> dict[int, DeviceMesh]:
         return {}
 
+    def stage(self, view: DeviceMesh) -> DeviceMesh:
+        """A view without its pp. Kept: to cut one takes milliseconds, and every tensor of a checkpoint wants it."""
+        made, names = self._stages, view.mesh_dim_names or ()
+        if (names, view.shape) not in made:
+            made[names, view.shape] = view[names[1:]]
+        return made[names, view.shape]
+
+    @cached_property
+    def _stages(self) -> dict[tuple[tuple[str, ...], tuple[int, ...]], DeviceMesh]:
+        return {}
+
     def _view(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         view = DeviceMesh(self.device.type, torch.arange(self.size).view(shape), mesh_dim_names=names)
         if self.patience is not None:                  # new groups do not take it from the group of all ranks
