@@ -6,7 +6,7 @@ QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 GPU_PYTHON ?= python3
 BARE := PYTHONPATH=.src PYTHONSAFEPATH=1 $(GPU_PYTHON)
 
-.PHONY: help venv demo test deepspeed-test parity soak lint types gpu-test bench clean
+.PHONY: help venv demo test deepspeed-test parity soak lint types gpu-test random-cases bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ types: .venv/done  ## pyright
 
 gpu-test:  ## the tests that need a GPU, with $GPU_PYTHON (python3) as it is
 	$(BARE) -m pytest -m gpu $$(grep -l mark.gpu tests/*.py)
+
+random-cases:  ## 10,000 random small cases of the kernels against fp64, on a GPU machine, with $GPU_PYTHON as it is
+	PYTHONPATH=.src:tests PYTHONSAFEPATH=1 $(GPU_PYTHON) tests/random_cases.py
 
 bench:  ## the measurements of tests/bench, on a GPU machine, with $GPU_PYTHON as it is; more with more GPUs
 	$(BARE) tests/bench/dense.py

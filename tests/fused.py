@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +22,8 @@ BAR = {SINGLE: 1e-5, HALF: 5e-3}        # RMS ratio under the interpreter, which
 AOT = Path(__file__).with_name("aot.py")
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
+@contextmanager
+def poison() -> Iterator[None]:
     """New memory is NaN (integers: the largest): an element that no kernel writes shows."""
     settings: Any = torch.utils.deterministic
     before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
@@ -31,6 +32,12 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     settings.fill_uninitialized_memory = before
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    with poison():
+        yield
 
 
 def ratio(got: Tensor, want: Tensor) -> float:
