@@ -1,7 +1,8 @@
 """Rows to experts and back, and the experts' own products: one loop to define them, grouped_mm to be fast."""
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,19 +43,69 @@ def count(ids: Tensor, experts: int) -> Tensor:
     return (ids.unsqueeze(-1) == torch.arange(experts, device=ids.device)).sum(-2)
 
 
+def sort(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The stable order of ids (N,) below `experts`, and its inverse. A sort passes over each byte of its keys."""
+    order = ids.to(torch.uint8 if experts <= 256 else torch.int16).argsort(stable=True)
+    return order, invert(order)
+
+
+class Routed(NamedTuple):
+    ids: Tensor            # (B T, k) experts of each token
+    weights: Tensor        # (B T, k) by which their outputs are multiplied
+    counts: Tensor         # (B, E) int64 tokens of a row that each expert gets
+    probs: Tensor          # (B, T, E) scores, summing to 1
+    entropy: Tensor        # () of them, summed; without gradients
+    squares: Tensor        # () of the logits' logsumexp, summed
+
+
+def route(logits: Tensor, bias: Tensor | None, k: int, score: str) -> Routed:
+    """logits (B, T, E); bias (E,) is added to the scores for choosing only."""
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    known = scores.detach()
+    ids = (known if bias is None else known + bias).topk(k, -1).indices
+    weights = scores.gather(-1, ids)
+    weights = weights / weights.sum(-1, keepdim=True)
+    probs = scores / scores.sum(-1, keepdim=True)
+    p = probs.detach()
+    entropy = -(p * p.clamp_min(1e-20).log()).sum()
+    return Routed(ids.flatten(0, 1), weights.flatten(0, 1), count(ids.flatten(1), logits.shape[-1]), probs, entropy,
+                  logits.logsumexp(-1).square().sum())
+
+
+def imbalance(probs: Tensor, counts: Tensor) -> Tensor:
+    """The balance loss of one sequence (arXiv:2412.19437, eq. 17-20) times its length, summed over rows.
+
+    counts (B, E) are of the whole sequence; probs (B, t, E) may be those of a rank's own tokens, and add up by
+    themselves.
+    """
+    f = counts * (counts.shape[-1] / counts.sum(-1, keepdim=True))
+    return (f.unsqueeze(1) * probs).sum()
+
+
+def weigh(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
+    """rows (N k, D) as they were sent, weights (N, k) -> (N, D): each token's rows, weighed and summed."""
+    rows = permute(rows, inverse, order).unflatten(0, weights.shape)
+    return (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(1)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
 def loop(x: Tensor, counts: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
     """The definition. x (N, D) sorted by expert, counts (E,); up, gate (E, F, D), down (E, D, F) -> (N, D)."""
     out = []
     for e, rows in enumerate(x.split(counts.tolist())):       # reads counts on the host: the reference may
-        out.append(linear(F.silu(linear(rows, gate[e])) * linear(rows, up[e]), down[e]))
+        out.append(linear(gated(linear(rows, gate[e]), linear(rows, up[e])), down[e]))
     return torch.cat(out)
 
 
-def grouped(x: Tensor, counts: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+def grouped(x: Tensor, counts: Tensor, up: Tensor, gate: Tensor, down: Tensor,
+            between: Callable[[Tensor, Tensor], Tensor] = gated) -> Tensor:
     """The same by three grouped products; counts stay on the device. They must add up to N: more is not written."""
     ends = counts.cumsum(0).to(torch.int32)
     up, gate, down = (w.to(x.dtype).transpose(-2, -1) for w in (up, gate, down))
-    h = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
+    h = between(F.grouped_mm(x, gate, offs=ends), F.grouped_mm(x, up, offs=ends))
     return F.grouped_mm(h, down, offs=ends)
 
 

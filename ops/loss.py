@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepladder.ops.compiled import compiled as fast
 from stepladder.ops.linear import promote
 
 IGNORE = -100
@@ -20,7 +20,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor, targets: Tensor, first: int, z_loss: float, chunk: int,
                 total: Reduce, highest: Reduce, compiled: bool, learn: bool) -> tuple[Tensor, Tensor]:
-        statistics, gradient = _compiled() if compiled else (_statistics, _gradient)
+        statistics, gradient = map(fast, (_statistics, _gradient)) if compiled else (_statistics, _gradient)
         w = table.to(x.dtype)
         dx = torch.empty_like(x) if learn else x.new_empty(0)
         dw = torch.zeros(table.shape, dtype=promote(table).dtype, device=x.device) if learn else x.new_empty(0)
@@ -63,11 +63,6 @@ def _gradient(logits: Tensor, local: Tensor, lse: Tensor, live: Tensor, z_loss: 
     p = (promote(logits) - lse.unsqueeze(-1)).exp()
     hit = torch.arange(logits.shape[-1], device=logits.device) == local.unsqueeze(-1)
     return (live.unsqueeze(-1) * (p * (1 + 2 * z_loss * lse).unsqueeze(-1) - hit.to(p.dtype))).to(logits.dtype)
-
-
-@cache
-def _compiled() -> tuple[Any, Any]:
-    return torch.compile(_statistics), torch.compile(_gradient)       # here: importing the compiler takes a second
 
 
 def cross_entropy(x: Tensor, table: Tensor, targets: Tensor, *, first: int = 0, z_loss: float = 0.0, chunk: int = 8192,

@@ -10,6 +10,7 @@ from stepladder.model.channel.moe import Mixer as MoE
 from stepladder.model.config import ModelConfig
 from stepladder.model.decoder import Decoder, blocks, skeleton
 from stepladder.model.leaf import Decl, Leaf, declared
+from stepladder.ops.compiled import allow_variants
 from stepladder.parallel import init
 from stepladder.parallel.expert import AllToAll, Carry
 from stepladder.parallel.flight import Lanes
@@ -91,14 +92,15 @@ def _materialise(decoder: Decoder, mesh: Mesh, seed: int, dtype: torch.dtype) ->
 
 def _choose(decoder: Decoder, recompute: str, compiled: bool) -> None:
     """How its blocks are computed."""
+    if compiled:
+        allow_variants()
     for block in blocks(decoder):
         block.recompute = recompute in ("token", "both"), recompute in ("channel", "both")
         if compiled:
             for part in (block.norm1, block.norm2, block.token, block.channel):
-                if not isinstance(part, MoE):            # its products are three grouped calls already
-                    part.compile()
+                part.compile(dynamic=False)
     if compiled and decoder.head is not None and decoder.norm is not None:
-        decoder.norm.compile()
+        decoder.norm.compile(dynamic=False)
         decoder.head.compiled = True
 
 

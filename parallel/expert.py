@@ -84,8 +84,8 @@ class AllToAll:
             read.synchronize()
         send, receive = sums.tolist()
         local = torch.arange(arriving.shape[1], device=rows.device).repeat(self.ranks.n)
-        order = local.repeat_interleave(arriving.flatten(), output_size=sum(receive)).argsort(stable=True)
-        back = Back(order, experts.invert(order), send, receive)
+        arrived = local.repeat_interleave(arriving.flatten(), output_size=sum(receive))
+        back = Back(*experts.sort(arrived, arriving.shape[1]), send, receive)
         move = self.ranks.exchange
         there, home = partial(move, send=send, receive=receive), partial(move, send=receive, receive=send)
         return Sorting(self.lanes.start(rows, there, home, late=True), back), arriving.sum(0), back

@@ -17,6 +17,7 @@ from stepladder.model.config import ModelConfig
 from stepladder.model.context import Context, borders
 from stepladder.model.decoder import Block, Decoder, blocks
 from stepladder.model.residual import Ready
+from stepladder.ops.compiled import compiled
 from stepladder.ops.norm import rms_norm
 from stepladder.parallel.build import Parts, build
 from stepladder.parallel.mesh import Mesh
@@ -260,6 +261,21 @@ def test_grouped_experts_train_like_the_loop(channel: str) -> None:
                      for engine in ("loop", "grouped"))
     for name, g in grouped.items():
         close(g, loop[name], 1e-4, name)
+
+
+@pytest.mark.parametrize("channel", MOES)
+def test_moe_in_compiled_pieces_trains_like_the_whole(channel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is one graph; aot_eager stands for the compiler, and works off the same graphs."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    compiled.cache_clear()
+    cfg, m = tiny.config("attention0", channel, "ladder"), tiny.micro(2, 16)
+    want, pieces = gradients(one_rank(cfg, torch.float32), [m]), one_rank(cfg, torch.float32)
+    for block in blocks(pieces.decoder):
+        block.channel.compile()
+    for name, g in gradients(pieces, [m]).items():
+        close(g, want[name], 1e-5, name)
+    assert compiled.cache_info().currsize == 5       # route, permute, gated, imbalance, weigh
+    compiled.cache_clear()
 
 
 def first_moe(channel: str) -> MoE:

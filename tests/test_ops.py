@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from stepladder.model.residual import Stats
 from stepladder.model.token.attention import angles, rotate
 from stepladder.ops import attention, experts, gla
 from stepladder.ops.attach import attach
+from stepladder.ops.compiled import allow_variants
 from stepladder.ops.loss import IGNORE, cross_entropy
 from stepladder.ops.norm import rms_norm
 
@@ -251,8 +253,8 @@ def test_shapes_and_precisions_that_cannot_be_grouped_are_left_to_the_loop() -> 
 
 def test_rows_are_carried_to_their_experts_and_back_with_their_gradients() -> None:
     ids = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1], [1, 0]])
-    order = ids.flatten().argsort(stable=True)
-    inverse = experts.invert(order)
+    order, inverse = experts.sort(ids.flatten(), 4)
+    assert torch.equal(order, ids.flatten().argsort(stable=True))
     assert torch.equal(inverse[order], torch.arange(10))
     assert experts.count(ids.flatten(), 4).tolist() == [3, 4, 3, 0]
     x = randn(5, 3)
@@ -296,6 +298,20 @@ def test_private_pytree_reaches_into_named_tuples() -> None:
     assert torch.equal(doubled.load, torch.full((2,), 2.0))
 
 
+def test_private_recompile_limit_lets_a_function_have_more_than_eight_shapes() -> None:
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    allow_variants()
+    f = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
+    for n in (*range(2, 14), 2, 13):
+        assert f(torch.zeros(n)).shape == (n,)
+    assert len(made) == 12
+
+
 TESTED = {      # private names in use -> their test
     "torch._foreach_div_": "test_torch_foreach_div_divides_every_tensor_by_one_on_the_device",
     "torch._foreach_norm": "test_torch_foreach_norm_is_the_euclidean_norm_of_each",
@@ -303,6 +319,9 @@ TESTED = {      # private names in use -> their test
     "torch.utils._pytree.tree_map": "test_private_pytree_reaches_into_named_tuples",
     "torch._C._autograd": "test_private_set_sequence_nr_moves_a_node_back",
     "torch._C._autograd._get_sequence_nr": "test_private_set_sequence_nr_moves_a_node_back",
+    "torch._dynamo": "test_private_recompile_limit_lets_a_function_have_more_than_eight_shapes",
+    "torch._dynamo.config": "test_private_recompile_limit_lets_a_function_have_more_than_eight_shapes",
+    "torch._dynamo.config.recompile_limit": "test_private_recompile_limit_lets_a_function_have_more_than_eight_shapes",
     "torch.distributed._symmetric_memory": "test_private_symmetric_memory_carries_what_nccl_would",
     "dist.distributed_c10d._get_default_store": "test__get_default_store_and__set_pg_timeout",
     "dist.distributed_c10d._set_pg_timeout": "test__get_default_store_and__set_pg_timeout",

@@ -5,6 +5,7 @@ have to travel, parallel/expert.py replaces its `exchange`.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from stepladder.model.mixer import ChannelMixer, Plan
 from stepladder.model.residual import Pending, Ready, Stats
 from stepladder.ops import experts
 from stepladder.ops.attach import attach
+from stepladder.ops.compiled import compiled
 from stepladder.ops.linear import linear, promote
 
 
@@ -114,11 +116,11 @@ class Returning(NamedTuple):
     rows: Pending
     shared: Pending | None
     back: Back
+    weigh: Callable[..., Tensor]
 
     def wait(self) -> Tensor:
         _, order, inverse, weights, shape = self.back
-        rows = experts.permute(self.rows.wait(), inverse, order).unflatten(0, weights.shape)
-        y = (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(1).view(shape)
+        y = self.weigh(self.rows.wait(), order, inverse, weights).view(shape)
         return y if self.shared is None else y + self.shared.wait()
 
 
@@ -143,15 +145,17 @@ class Experts(Leaf):
         super().__init__()
         E, H, D = spec.experts, spec.hidden, cfg.width
         self.exchange: Exchange = Here()
-        self.hidden, self.engine = H, spec.engine
+        self.hidden, self.engine, self.compiled = H, spec.engine, False
         self.weight("up", E, H, D, ep=0, init=normal(cfg.std))
         self.weight("gate", E, H, D, ep=0, init=normal(cfg.std))
         self.weight("down", E, D, H, ep=0, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows (N, D) sorted by expert, counts (its experts,) -> (N, D) in the same order."""
-        fast = self.engine == "grouped" and experts.can_group(rows, self.hidden)
-        return (experts.grouped if fast else experts.loop)(rows, counts, self.up, self.gate, self.down)
+        if self.engine == "loop" or not experts.can_group(rows, self.hidden):
+            return experts.loop(rows, counts, self.up, self.gate, self.down)
+        between = compiled(experts.gated, dynamic=True) if self.compiled else experts.gated     # N is never the same
+        return experts.grouped(rows, counts, self.up, self.gate, self.down, between)
 
 
 class Mixer(ChannelMixer):
@@ -163,7 +167,7 @@ class Mixer(ChannelMixer):
 
     def __init__(self, cfg: ModelConfig, spec: Spec, place: Place):
         super().__init__()
-        self.spec, D = spec, cfg.width
+        self.spec, self.compiled, D = spec, False, cfg.width
         # Block n makes the logits of block n + ahead; the first makes those of the blocks before that too.
         made = range(spec.ahead + 1) if place.nth == 0 else [place.nth + spec.ahead]
         self.routers = nn.ModuleList(Router(cfg, spec) for n in made if n < place.count)
@@ -175,6 +179,13 @@ class Mixer(ChannelMixer):
             self.weight("shared_gate", spec.shared, D, init=normal(cfg.std))
             self.weight("shared_down", D, spec.shared, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
+    def compile(self, *args: Any, **kw: Any) -> None:
+        """What lies between collectives and grouped products, which stay calls: some hundred small kernels a pass."""
+        self.compiled = self.experts.compiled = True
+
+    def fast(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        return compiled(f) if self.compiled else f
+
     def foresee(self, route: tuple[Tensor, ...]) -> Foreseen | None:
         return self._foresee(route[0]) if route else None
 
@@ -182,34 +193,23 @@ class Mixer(ChannelMixer):
         tokens = x.wait()
         logits, *later = (*route, *(router(tokens) for router in self.routers))
         announced, stats, order, inverse, weights = foreseen or self._foresee(logits)
-        rows = experts.permute(tokens.flatten(0, 1), order, inverse, self.spec.top_k)
+        rows = self.fast(experts.permute)(tokens.flatten(0, 1), order, inverse, self.spec.top_k)
         rows, counts, exchanged = self.experts.exchange.dispatch(rows, announced)
         return Plan(tuple(later), stats, Way(rows, counts), Back(exchanged, order, inverse, weights, tokens.shape))
 
     def _foresee(self, logits: Tensor) -> Foreseen:
         ids, weights, stats = self.choose(logits)
-        announced = self.experts.exchange.announce(experts.count(ids.flatten(), self.spec.experts))
-        order = ids.flatten().argsort(stable=True)
-        return Foreseen(announced, stats, order, experts.invert(order), weights)
+        announced = self.experts.exchange.announce(stats.load)
+        return Foreseen(announced, stats, *experts.sort(ids.flatten(), self.spec.experts), weights)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Stats]:
         """logits (B, T, E) -> expert ids and weights (B T, k), and what the log wants to know."""
-        spec, E = self.spec, self.spec.experts
-        scores = logits.softmax(-1) if spec.score == "softmax" else logits.sigmoid()
-        ids = (scores.detach() + self.bias if spec.bias_rate else scores.detach()).topk(spec.top_k, -1).indices
-        weights = scores.gather(-1, ids)
-        weights = weights / weights.sum(-1, keepdim=True)
-        probs = scores / scores.sum(-1, keepdim=True)
-        # Balance of one sequence (arXiv:2412.19437, eq. 17-20) times its length: the fraction f counts the whole
-        # sequence, so it is totalled over the ranks that share it; the probabilities add up by themselves.
-        counts = experts.count(ids.flatten(1), E)                                     # (B, E)
-        every = self.comm.total(counts)
-        f = every * (E / every.sum(-1, keepdim=True))
-        balance = spec.balance * (f.unsqueeze(1) * probs).sum()
-        weights = attach(weights, balance + spec.z_loss * logits.logsumexp(-1).square().sum())
-        entropy = -(probs * probs.clamp_min(1e-20).log()).sum()
-        stats = Stats(counts.sum(0), entropy.detach(), balance.detach())
-        return ids.flatten(0, 1), weights.flatten(0, 1), stats
+        spec = self.spec
+        bias = self.bias if spec.bias_rate else None
+        ids, weights, counts, probs, entropy, squares = self.fast(experts.route)(logits, bias, spec.top_k, spec.score)
+        balance = spec.balance * self.fast(experts.imbalance)(probs, self.comm.total(counts))
+        weights = attach(weights, balance + spec.z_loss * squares)
+        return ids, weights, Stats(counts.sum(0), entropy, balance.detach())
 
     def forward(self, x: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
         """The experts' rows, sorted by expert, and the shared expert's output, which is made while they travel."""
@@ -221,7 +221,7 @@ class Mixer(ChannelMixer):
     def deliver(self, y: tuple[Tensor, Tensor | None], plan: Plan) -> Pending:
         (rows, shared), exchange = y, self.experts.exchange
         return Returning(exchange.combine(rows, plan.back.exchanged),
-                         None if shared is None else exchange.carry(shared), plan.back)
+                         None if shared is None else exchange.carry(shared), plan.back, self.fast(experts.weigh))
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:
