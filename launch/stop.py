@@ -5,6 +5,9 @@ seen at once, also while the program waits for its device or another rank, when 
 writes its number to a pipe, which a thread reads. Threads of all ranks then say through the store which step their rank
 has begun, and the furthest of these is the last. Nobody begins another before it is known, so none waits for a step
 that another leaves out. Training itself is never asked: no host sync, nothing between its collectives.
+
+Signals that launch/cli.py kept back while it imported torch are seen as well. And there is an end that nobody asks for:
+a launcher that is killed leaves its ranks behind, and they follow it.
 """
 from __future__ import annotations
 
@@ -18,29 +21,31 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from stepladder.parallel.watch import LostRank, listed
+from stepladder.parallel.watch import EXIT, TELL, LostRank, listed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = timedelta(seconds=20)    # with threads that only have to answer; torchrun kills after 30
 EVER = timedelta(days=20)           # in milliseconds it must fit into 31 bits
+LOOK = 1.0                          # seconds between two looks whether the launcher is there
 _round = itertools.count()          # a store outlives a run in tests
 
 
 class Stop:
-    """The end that a signal asks for. Signals that come before `meet` are kept until then."""
+    """The end that a signal asks for. Signals that come before `meet` are kept until then, if only all ranks come."""
 
     def __init__(self) -> None:
         self.asked = ""                                    # the signal's name, and whose it was if another rank's
         self.rank = self.begun = self.last = 0             # last: step of the run, once it is known
         self.lost = ""                                     # why it will never be
         self.store: dist.Store | None = None
-        self.met, self.known = threading.Event(), threading.Event()
+        self.came, self.met, self.known, self.over = (threading.Event() for _ in range(4))    # came: all ranks
         pipe, self.pipe = os.pipe()
         os.set_blocking(self.pipe, False)
         with contextlib.suppress(ValueError):              # not in the main thread: a test
             signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
             for number in SIGNALS:
                 signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.threads = [self._thread(self._hear, pipe)]
 
     def meet(self, store: dist.Store | None, rank: int, size: int, step: int) -> None:
@@ -49,8 +54,13 @@ class Stop:
         prefix, common = f"stop/{next(_round)}", store or dist.HashStore()
         # Any thread may wait in its store for long, so each has a connection of its own.
         self.store, theirs = (dist.PrefixStore(prefix, common.clone()) for _ in range(2))  # pyright: ignore
+        self.came.set()
         self.met.set()
         self.threads.append(self._thread(self._answer, theirs))
+
+    def follow(self, parent: int, what: str, tell: Callable[[str], None]) -> None:
+        """End this process soon after its launcher, process `parent`; `what` says who is gone, and `tell` hears it."""
+        self.threads.append(self._thread(self._follow, parent, what, tell))
 
     def may_begin(self, step: int) -> bool:
         """Whether the run goes on with `step`. When somebody has asked it to stop, wait until all have answered."""
@@ -65,12 +75,14 @@ class Stop:
 
     def close(self) -> None:
         """No further step will be begun; signals that still come do nothing."""
-        if self.pipe >= 0:
-            with contextlib.suppress(ValueError):
-                signal.set_wakeup_fd(-1)
-            os.close(self.pipe)
-            self.pipe = -1
+        if self.over.is_set():
+            return
+        self.over.set()
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+        os.close(self.pipe)
         self._ask(self.rank, "")
+        self.came.set()
         self.met.set()
         for thread in self.threads:
             thread.join(1)
@@ -86,9 +98,18 @@ class Stop:
                 if number[0] in SIGNALS:
                     name = signal.Signals(number[0]).name
                     self.asked = self.asked or name
+                    if not self.came.wait(PATIENCE.total_seconds()):
+                        _leave(f"{name} asks the run to stop, and not all of its ranks have come")
                     self.met.wait()
                     self._ask(0, f"{name} to rank {self.rank}" if self.rank else name)    # who asks the others
                     self._ask(self.rank, name)                      # rank 0 may have come to its end
+
+    def _follow(self, parent: int, what: str, tell: Callable[[str], None]) -> None:
+        while os.getppid() == parent:
+            if self.over.wait(LOOK):
+                return
+        if not (self.asked and self.over.wait(PATIENCE.total_seconds())):      # a signal to both: it may be saving
+            _leave(what, tell)
 
     def _ask(self, rank: int, word: str) -> None:
         if self.store is not None:
@@ -128,3 +149,13 @@ class Stop:
         thread = threading.Thread(target=work, args=args, name="stop", daemon=True)
         thread.start()
         return thread
+
+
+def _leave(why: str, tell: Callable[[str], None] = lambda why: None) -> None:
+    """End this process, whatever it waits for."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"stepladder: {why}\n".encode())
+    telling = threading.Thread(target=tell, args=(why,), daemon=True)
+    telling.start()
+    telling.join(TELL)                                     # the disk may be what hangs
+    os._exit(EXIT)

@@ -67,9 +67,9 @@ class Trainer:
     """A run on this rank: everything that lives from the first step to the last."""
 
     def __init__(self, run: config.Run, folder: Path, w: world.World, mesh: Mesh, meeting: dist.Store | None,
-                 resume: str, events: Events):
+                 resume: str, events: Events, stop: Stop):
         self.run, self.folder, self.world, self.mesh, self.meeting = run, folder, w, mesh, meeting
-        self.events, self.stop, self.stopped = events, Stop(), ""
+        self.events, self.stop, self.stopped = events, stop, ""
         self.plan, self.device = config.derived(run, w.size), mesh.device
         _numerics(self.plan, run.train.dtype)
         self.store = Store(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every,
@@ -85,7 +85,6 @@ class Trainer:
         self.loader = self._loader(meta.get("cursor"))
         with contextlib.ExitStack() as undo:            # readers that are left running would abort the interpreter
             undo.callback(self.loader.close)
-            undo.callback(self.stop.close)
             self._make(run, start, meta)
             undo.pop_all()
 
@@ -330,13 +329,17 @@ def run(args: argparse.Namespace) -> int:
         _claim(folder)
     device, minutes = w.device(config.derived(chosen, w.size).device), chosen.train.collective_minutes
     events = Events(folder, w.rank)
-    with Lock(folder) if w.main else contextlib.nullcontext(), events.faults():
+    with Lock(folder) if w.main else contextlib.nullcontext(), events.faults(), contextlib.closing(Stop()) as stop:
+        if w.launcher in world.PARENTS:
+            stop.follow(args.parent, f"{w.launcher}, which started rank {w.rank}, is gone; start the run again",
+                        events.fault)
         events.begin()
         store = w.meet()
         if store is not None:
             flags = {"--folder": str(folder), "--resume": args.resume, "--steps-now": args.steps_now,
                      "--timeline": args.timeline, "the kind of device": device.type}
             agree.on_the_run(store, w.rank, w.size, config.dump(chosen), flags, max(minutes, agree.START))
+        stop.came.set()
         events.started()
         patience = timedelta(minutes=minutes + 2)            # torch's own limit: the watchdog speaks first, in words
         w.connect(device, store, patience)
@@ -344,7 +347,7 @@ def run(args: argparse.Namespace) -> int:
         mesh = Mesh(chosen.parallel, device, w.rank, w.size, patience)
         with contextlib.nullcontext() if store is None else watch.over(mesh, store, 60 * minutes, events.fault):
             with watch.rest():                               # no step is under way: a slow disk or build is no hang
-                trainer = Trainer(chosen, folder, w, mesh, store, args.resume, events)
+                trainer = Trainer(chosen, folder, w, mesh, store, args.resume, events, stop)
             kept = _train(args, trainer)
     if dist.is_initialized() and w.launcher != "given":
         dist.destroy_process_group()

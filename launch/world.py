@@ -21,6 +21,7 @@ from stepladder.launch.config import Run
 BETWEEN_NODES, INSIDE_A_NODE = 50e9, 450e9
 H100 = 989e12                    # dense bf16 FLOP/s; assumed where the device is unknown
 PATIENCE = 20.0                  # seconds of silence at the rendezvous
+PARENTS = "torchrun", "DeepSpeed's launcher"    # start ranks as children, and leave them behind when they are killed
 NOBODY = "RANK and WORLD_SIZE"   # the launcher of processes whose variables no launcher signed
 MPI = {                          # rank, size, and those on this machine
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",

@@ -12,7 +12,7 @@ import pytest
 import ranks
 from test_resume import EVERY, STEPS, folder, records, train  # noqa: F401  the fixture: shards and run.toml
 
-from stepladder.launch import events
+from stepladder.launch import cli, events
 from stepladder.launch.stop import Stop
 from stepladder.parallel.optimizer import Optimizer, Report
 from stepladder.parallel.watch import LostRank
@@ -69,6 +69,28 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_under_way_and_the_run_goe
     assert told == [("start", 0, None), ("signal", 2, name), ("end", 2, name), ("resume", 2, None),
                     ("end", STEPS, None)]
     assert [e["ranks"] for e in events.read(run) if "ranks" in e] == [2, 2]
+
+
+def signalled_early(config: Path, run: Path) -> None:
+    """Trains; the signal comes while the program is imported, which takes seconds where torch is not there yet."""
+    imported = cli.import_module
+
+    def slow(name: str) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return imported(name)
+
+    cli.import_module = slow  # pyright: ignore[reportAttributeAccessIssue]
+    raise SystemExit(train(config, run))
+
+
+def test_a_signal_while_torch_is_imported_stops_the_run_after_its_first_step(folder, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    process = ranks._context.Process(target=signalled_early, args=(folder / "run0.toml", run))
+    process.start()                                       # without a group: its threads would take the signal
+    process.join(60)
+    assert process.exitcode == 0
+    assert (run / "unfinished").read_text() == "stopped by SIGTERM at step 1\n"
+    assert list(records(run)) == [1]
 
 
 def killed(rank: int, n: int, config: Path, run: Path) -> bool:

@@ -303,8 +303,8 @@ TORCHRUN = """-m torch.distributed.run --nnodes 1:2 --nproc-per-node 1 --max-res
 
 
 def elastic(config: Path, run: Path) -> int:
-    """The exit code of one of two agents, which stand for two machines. The other is lost with its rank; this one
-    holds the rendezvous, and goes on."""
+    """The exit code of one of two agents, which stand for two machines. The other is killed, and its rank, which it
+    leaves behind, has to follow it; this one holds the rendezvous, and goes on."""
     port = free_port()
     left, lost = (subprocess.Popen([sys.executable, *TORCHRUN.format(host, port, config, run).split()],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for host in ("true", "false"))
@@ -314,8 +314,11 @@ def elastic(config: Path, run: Path) -> int:
             assert time.monotonic() < end
             time.sleep(0.05)
         workers = Path(f"/proc/{lost.pid}/task/{lost.pid}/children").read_text().split()
-        for pid in (lost.pid, *map(int, workers)):
-            os.kill(pid, signal.SIGKILL)
+        lost.kill()
+        lost.wait()
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < end
+            time.sleep(0.05)
         return left.wait(90)
     finally:
         for agent in (left, lost):

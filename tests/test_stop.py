@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from stepladder.launch import stop
 from stepladder.launch.stop import Stop
-from stepladder.parallel.watch import LostRank
+from stepladder.parallel.watch import EXIT, LostRank
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +100,42 @@ def test_a_rank_that_does_not_answer_is_named_on_all_others(ranks: list[Stop], m
         assert rank.known.wait(5)
         with pytest.raises(LostRank, match="SIGTERM asks the run to stop, but rank 1 did not answer"):
             rank.may_begin(2)
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Exit codes with which this process would have ended."""
+    codes: list[int] = []
+    monkeypatch.setattr(stop, "LOOK", 0.05)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    return codes
+
+
+def test_a_rank_that_is_to_stop_does_not_wait_for_those_that_never_come(ended, capfd, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stop, "PATIENCE", timedelta(seconds=0.1))
+    early = Stop()
+    ask(early, signal.SIGTERM)
+    time.sleep(0.5)
+    early.close()
+    assert ended == [EXIT]
+    assert capfd.readouterr().err == "stepladder: SIGTERM asks the run to stop, and not all of its ranks have come\n"
+
+
+@pytest.mark.parametrize(("stays", "saves", "codes"), [(True, False, []), (False, False, [EXIT]), (False, True, [])])
+def test_a_rank_ends_with_its_launcher_unless_it_is_about_to(ended, capfd, monkeypatch: pytest.MonkeyPatch, stays: bool,
+                                                             saves: bool, codes: list[int]):
+    told: list[str] = []
+    parent, one = os.getppid(), Stop()
+    one.meet(None, 0, 1, 1)
+    one.asked = "SIGTERM" if saves else ""
+    one.follow(parent, "torchrun is gone", told.append)
+    if not stays:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+    time.sleep(0.3)
+    one.close()
+    assert ended == codes
+    assert told == ["torchrun is gone"] * len(codes)
+    assert capfd.readouterr().err == "stepladder: torchrun is gone\n" * len(codes)
 
 
 def test_a_rank_that_has_come_to_its_end_answers_for_the_last_step(ranks: list[Stop]):
