@@ -130,6 +130,28 @@ class Mesh:
         group, _ = dist.new_subgroups_by_enumeration(pairs, timeout=self.patience)
         return None if isinstance(group, int) else group
 
+    @cached_property
+    def edges(self) -> dict[tuple[int, int], dist.ProcessGroup]:
+        """A group for each way that a pipeline's pieces are sent: (pp rank that sends, the one that receives).
+
+        NCCL works off a group's transfers in order: with one for all stages an output waits behind an input that has
+        been asked for and is still being made elsewhere (pp 4, interleaved: a bubble of 18 % instead of 11). Empty on
+        a CPU, where transfers do not wait for one another, and for 1F1B, which asks when it has nothing else to do.
+        """
+        if self.pp == 1 or self.layout.schedule == "1f1b" or self.device.type == "cpu":
+            return {}
+        return self._edges()
+
+    def _edges(self) -> dict[tuple[int, int], dist.ProcessGroup]:
+        made, column = {}, self.dp * self.tp
+        for a in range(self.pp):
+            for b in sorted({(a + 1) % self.pp, (a - 1) % self.pp}):
+                pairs = [[a * column + i, b * column + i] for i in range(column)]
+                group, _ = dist.new_subgroups_by_enumeration(pairs, timeout=self.patience)
+                if isinstance(group, dist.ProcessGroup):
+                    made[a, b] = group
+        return made
+
     def connect(self, decls: Iterable[Decl], tied: bool = False) -> None:
         """Make every group that parameters declared so will need. Collective: all ranks, the same whole model."""
         if self.alone and not self.layout.handed_over:
@@ -145,6 +167,7 @@ class Mesh:
             _ = self.expert
             self.beside("ep")
         self.beside("tp")
+        _ = self.edges
         for pieces in sorted({d.pieces(self.tp) for d in every if d.tp is not None} - {self.tp}):
             self.units(pieces)
 

@@ -136,10 +136,15 @@ class _Timed(PipelineStage):
         return self._noted("transfer of gradients from", bwd_chunk_id, super().get_bwd_send_ops)
 
     def _noted(self, what: str, micro: int, ops: Callable[[int], list[dist.P2POp]]) -> list[dist.P2POp]:
-        """What is transferred next, for the watchdog."""
+        """What is transferred next, the watchdog told, each way by a group of its own where the mesh has them."""
         if found := ops(micro):
             watch.note(f"{what} stage {self.stage_index} of micro-batch {micro}")
-        return found
+        return [self._apart(op) for op in found]
+
+    def _apart(self, op: dist.P2POp) -> dist.P2POp:
+        mesh = self.pipe.mesh
+        way = (mesh.pp_rank, op.group_peer) if op.op is dist.isend else (op.group_peer, mesh.pp_rank)
+        return dist.P2POp(op.op, op.tensor, op.peer, mesh.edges[way]) if way in mesh.edges else op
 
     def _tell(self, kind: str, micro: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         clock = self.pipe.clock

@@ -70,6 +70,29 @@ def test_four_stage_ranks(schedule: str) -> None:
     same(piped(schedule, pp=4), 4, CELLS[1:2], {"tied": True, "layers": 8})
 
 
+def by_edges(rank: int, n: int, schedule: str) -> tuple[list[str], list[tuple[int, int]]]:
+    mesh = Mesh(piped(schedule, pp=4), CPU, rank, n)
+    made, used = mesh._edges(), []
+
+    class Edges(dict[tuple[int, int], Any]):
+        def __getitem__(self, way: tuple[int, int]) -> Any:
+            used.append(way)
+            return made[way]
+
+    vars(mesh)["edges"] = Edges.fromkeys(made)
+    return on_mesh(mesh, CELLS[1], {"layers": 8}, {}), sorted(set(used))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+def test_each_way_between_stages_has_a_group_of_its_own_where_transfers_queue(schedule: str) -> None:
+    """As on GPUs; a V has no way from its last rank to its first."""
+    for rank, (wrong, used) in enumerate(ranks.run(4, by_edges, schedule)):
+        assert not wrong
+        ends = {3 - rank} if schedule == "zero-bubble" and rank in (0, 3) else set()
+        beside = {(rank + 1) % 4, (rank - 1) % 4} - ends
+        assert used == sorted([*((rank, b) for b in beside), *((b, rank) for b in beside)])
+
+
 @pytest.mark.parametrize("n", [2, 4])
 def test_weight_gradients_put_off_survive_recomputation(n: int) -> None:
     same(piped("zero-bubble"), n, CELLS[1:], how={"recompute": "both"})
