@@ -11,6 +11,7 @@ Where each lives, of those that are not in this file:
 | a time limit, by Slurm's clock | test_slurm.py: test_a_time_limit_is_announced_by_the_clock_and_never_met |
 | a network that is cut | test_slurm.py: test_ranks_whose_network_is_cut_end_and_go_on_when_it_is_back |
 | a rank that sleeps or dies, and who is named | test_watch.py |
+| a launcher that is killed | test_torchrun_goes_on_with_the_machines_that_are_left_and_the_same_batch, test_stop.py |
 | a file that may not grow, in a save | test_bad_folders.py: test_a_full_disk_costs_a_checkpoint_and_not_the_run |
 | a full disk of a cache | test_streaming.py: test_a_full_disk_and_a_cache_that_is_gone_cost_the_cache_only |
 | checkpoints damaged in other ways | test_checkpoint_store.py: test_a_damaged_checkpoint_is_passed_over_and_named |
@@ -302,6 +303,14 @@ TORCHRUN = """-m torch.distributed.run --nnodes 1:2 --nproc-per-node 1 --max-res
 --rdzv-endpoint 127.0.0.1:{} -m stepladder.launch.cli train {} --folder {}"""
 
 
+def lives(pid: str) -> bool:
+    """Whether a process has not ended; one whose parent is gone may never be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def elastic(config: Path, run: Path) -> int:
     """The exit code of one of two agents, which stand for two machines. The other is killed, and its rank, which it
     leaves behind, has to follow it; this one holds the rendezvous, and goes on."""
@@ -316,7 +325,7 @@ def elastic(config: Path, run: Path) -> int:
         workers = Path(f"/proc/{lost.pid}/task/{lost.pid}/children").read_text().split()
         lost.kill()
         lost.wait()
-        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        while any(map(lives, workers)):
             assert time.monotonic() < end
             time.sleep(0.05)
         return left.wait(90)
