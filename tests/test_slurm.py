@@ -78,7 +78,8 @@ def job(nodes: cluster.Cluster, tmp_path: Path) -> Callable[..., str]:
         stepladder.chmod(0o755)
         (tmp_path / "run.toml").touch()
         script = tmp_path / "train.sbatch"
-        script.write_text(slurm.filled(slurm.TEMPLATE.read_text(), {"nodes": "2", "gpus-per-node": ""}, {
+        script.write_text(slurm.filled(slurm.TEMPLATE.read_text(), {
+            "nodes": "2", "gpus-per-node": "", "job-name": "two words", "chdir": str(tmp_path)}, {
             "PER_NODE": "1", "START": "srun", "FOLDER": f"{tmp_path}/run", "BIN": str(stepladder.parent),
             "CHECK": [], **settings}))
         nodes.idle()                           # of the job before: one of 1-3 nodes would begin with fewer
@@ -179,7 +180,9 @@ def test_the_run_folder_says_what_ran_and_no_secrets(nodes, job, tmp_path, monke
 
 
 UNFIT = """if [ "$1" = check ]; then
-  [[ " $* " == *" n2 "* && $SLURM_PROCID = 0 ]] || exit 0
+  [[ " $* " == *" n2 "* ]] || exit 0
+  [ $SLURM_PROCID = 0 ] || exit 127     # as if it were not installed there: the other must not be ended for it
+  sleep 0.5
   while [ "$1" != --bad ]; do shift; done
   echo -n "WHO" >"$2"; exit 1
 fi
@@ -199,6 +202,19 @@ def test_a_job_starts_again_without_the_nodes_that_are_unfit(nodes, job, tmp_pat
         assert (tmp_path / "run" / "trained").read_text() == "trained on n[1,3]\n"
         excluded = (tmp_path / "run" / "slurm" / "excluded").read_text()
         assert re.fullmatch(rf"n2 its disk is full \(job {number}, [-:T\d]+\)\n", excluded)
+
+
+@needs_slurm
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"RUN": "no.toml"}, r"not started: n\d has no no.toml; mend RUN or BIN in this script"),
+    ({"BIN": "/no"}, r"not started: n\d has no /no/stepladder; mend RUN or BIN in this script"),
+    ({"CHECK": ["--gibb", "9"]}, r"check: error: --gibb\n.* not started: no check was made; mend CHECK")],
+    ids=["no run", "no stepladder", "no check"])
+def test_a_job_that_was_asked_for_wrongly_says_so_and_blames_no_node(nodes, job, tmp_path, settings, says):
+    number = job('[ "$1" != check ] || { echo "stepladder check: error: $2"; exit 2; }', **settings)
+    assert nodes.wait(number, "FAILED", 20)["Restarts"] == "0"
+    assert re.search(rf"{says}\n$", (tmp_path / "log").read_text())
+    assert not (tmp_path / "run" / "slurm" / "excluded").exists()
 
 
 WAITS = f"""{UNFINISHED}; {SAVED}; echo "$SLURM_STEP_NODELIST" >nodes-$n
