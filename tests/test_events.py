@@ -85,7 +85,7 @@ def signalled_early(config: Path, run: Path) -> None:
 
 def test_a_signal_while_torch_is_imported_stops_the_run_after_its_first_step(folder, tmp_path):  # noqa: F811
     run = tmp_path / "run"
-    process = ranks._context.Process(target=signalled_early, args=(folder / "run0.toml", run))
+    process = ranks.process(signalled_early, folder / "run0.toml", run)
     process.start()                                       # without a group: its threads would take the signal
     process.join(60)
     assert process.exitcode == 0
