@@ -147,9 +147,11 @@ def test_tests_import_the_package_by_its_name():
         assert not tops & set(MAY_IMPORT), path
 
 
-def test_the_import_name_is_six_links_to_the_folders():
+def test_the_import_name_is_links_to_the_six_folders_and_to_the_jobs():
     links = {path.name: path.resolve() for path in (ROOT / ".src/stepladder").iterdir()}
-    assert links == {layer: ROOT / layer for layer in MAY_IMPORT}
+    assert links == {name: ROOT / name for name in (*MAY_IMPORT, "slurm")}
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["package-data"] == {"stepladder.slurm": ["*.sbatch"]}      # a wheel's stepladder slurm needs them
 
 
 @pytest.mark.parametrize(("table", "folder"), [(TOKEN, "token"), (CHANNEL, "channel")])
