@@ -80,6 +80,8 @@ def draw(found: dict[str, list[Point]], sizes: Sizes, out: Path) -> None:
             axis.plot([p.T for p in points], [getattr(p, what) for p in points], marker="o", markersize=3, label=kind)
         axis.set_xscale("log", base=2)
         axis.set(yscale="log", xlabel="tokens of the row", ylabel=label)
+        lengths = sorted({p.T for points in found.values() for p in points})
+        axis.set_xticks(lengths, labels=[f"{T // 1024}k" if T >= 1024 else str(T) for T in lengths])
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     figure.suptitle(f"a layer of width {sizes.width}, bf16: forward and backward, memory above weights and input")

@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="gloo and a tiny model")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, help="a row; a micro-batch is two rows")
+    parser.add_argument("--schedules", nargs="+", default=[name for name, _ in LAYOUTS])
     parser.add_argument("--draw", help="folder for a timeline of each schedule")
     args = parser.parse_args()
     args.tokens = args.tokens or (32 if args.cpu else 4096)
@@ -90,7 +91,7 @@ def main() -> None:
     tokens = torch.randint(cfg.vocab, (4 * world.size, 2, args.tokens + 1), generator=gen).to(device)
     batch = [Micro(t[:, :-1].contiguous(), t[:, 1:].contiguous(), None) for t in tokens]
     rows = []
-    for schedule, chunks in LAYOUTS:
+    for schedule, chunks in (layout for layout in LAYOUTS if layout[0] in args.schedules):
         layout = Parallel(pp=world.size, schedule=schedule, chunks=chunks)  # pyright: ignore[reportArgumentType]
         if not args.cpu:
             torch.cuda.empty_cache()

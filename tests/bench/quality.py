@@ -23,8 +23,8 @@ from statistics import mean, median, stdev
 
 import torch
 
-ATTENTION = '{{ kind = "attention", heads = {heads}, kv_heads = {kv} }}'
-FULL = '{{ kind = "attention", heads = {heads}, kv_heads = {heads} }}'
+ATTENTION = '{{ kind = "attention", heads = {heads}, kv_heads = {kv}, qk_norm = true }}'
+FULL = '{{ kind = "attention", heads = {heads}, kv_heads = {heads}, qk_norm = true }}'
 GLA = '{{ kind = "gla", heads = {few}, key_dim = {half}, value_dim = {head} }}'
 DELTA = '{{ kind = "gated_delta", heads = {few}, key_dim = {half}, value_dim = {head} }}'
 SIDES = {                # token mixers, one after the other, and their wiring
@@ -44,7 +44,7 @@ pattern = {pattern}
 seq = {seq}
 rows = {rows}
 batch_tokens = {batch}
-lanes = 8
+lanes = {lanes}
 heldout = 0.02
 workers = {workers}
 sources.all.shards = "{shards}"
@@ -72,9 +72,10 @@ channel = {{ kind = "swiglu", hidden = {hidden} }}
 lag = {lag}
 """
 BIG = {"width": 768, "layers": 12, "heads": 12, "kv": 4, "few": 6, "half": 64, "head": 128, "hidden": 2048, "seq": 1024,
-       "rows": 32, "batch": 65536, "workers": 2, "dtype": "bf16", "gpu": "true", "batches": 16}
+       "rows": 32, "batch": 65536, "workers": 2, "dtype": "bf16", "gpu": "true", "batches": 16, "lanes": 64}
 SMALL = {"width": 32, "layers": 4, "heads": 4, "kv": 2, "few": 2, "half": 8, "head": 16, "hidden": 64, "seq": 64,
-         "rows": 8, "batch": 512, "workers": 0, "dtype": "fp32", "gpu": "false", "batches": 1}
+         "rows": 8, "batch": 512, "workers": 0, "dtype": "fp32", "gpu": "false", "batches": 1,
+         "lanes": 8}
 
 
 def train(side: str, seed: int, args: argparse.Namespace, folder: Path, free: Queue[str]) -> list[dict[str, float]]:
@@ -85,7 +86,7 @@ def train(side: str, seed: int, args: argparse.Namespace, folder: Path, free: Qu
     blocks = [BLOCK.format(name=name, token=mixer.format(**size), lag=lag, **size) for mixer, name in names.items()]
     text = RUN.format(pattern=[names[mixer] for mixer in mixers], blocks="".join(blocks), seed=seed, steps=args.steps,
                       shards=args.shards.resolve(), vocab=-(-vocab // 64) * 64, every=max(1, args.steps // 8),
-                      warmup=args.steps // 20, **size)
+                      warmup=args.steps // 10, **size)
     out = folder / f"{side}-{seed}"
     toml = out.with_suffix(".toml")
     toml.write_text(text)

@@ -65,19 +65,16 @@ class Stay(Carry):
         return self.lanes.carry(rows), announced.view(self.n, -1).sum(0), None
 
 
-def timed(step: Any, times: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """ms of each step, and of its calls alone."""
-    out, host = [], []
+def timed(step: Any, times: int, device: torch.device) -> tuple[float, float]:
+    """ms of a step, and of its calls alone: as in training the host may run ahead, so one measurement is of many."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
     for _ in range(times):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
         step()
-        host.append(1e3 * (time.perf_counter() - began))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        out.append(1e3 * (time.perf_counter() - began))
-    return out, host
+    called = time.perf_counter()
+    wait()
+    return 1e3 * (time.perf_counter() - began) / times, 1e3 * (called - began) / times
 
 
 def traced(step: Any, file: str, mesh: Mesh) -> None:
@@ -103,17 +100,18 @@ def experts(mesh: Mesh, small: bool, ahead: int, trace: str) -> dict[str, float]
             p.grad = None
 
     took, host = defaultdict(list), defaultdict(list)
-    for i in range(4):
+    for i in range(6):
         for side, lag in LAGS.items():
             if side == "none" and mesh.ep == 1:
                 continue
             for exchange, block in zip(real, blocks(parts.decoder), strict=True):
                 block.lag, inner = lag, cast(Any, block.channel).experts
                 inner.exchange = Stay(exchange) if side == "none" else exchange
-            times, calls = timed(step, 6 if i else 3, mesh.device)
-            took[side] += times[2:] if i else []
-            host[side] += calls[2:] if i else []
-            if i == 3:
+            ms, calls = timed(step, 4, mesh.device)
+            if i:
+                took[side].append(ms)
+                host[side].append(calls)
+            if i == 5:
                 traced(step, trace.replace("SIDE", side), mesh)
     return {side: median(x) for side, x in took.items()} | {f"host {side}": median(x) for side, x in host.items()}
 
@@ -131,7 +129,8 @@ def sharded(mesh: Mesh, small: bool, trace: str) -> dict[str, float]:
             result = parts.pipe([m])
             parts.sums()
             optimizer.step(result, 1e-4)
-        took[side] = median(timed(step, 14, mesh.device)[0][4:])
+        timed(step, 4, mesh.device)
+        took[side] = median(timed(step, 5, mesh.device)[0] for _ in range(3))
         traced(step, trace.replace("SIDE", side), mesh)
     return took
 
