@@ -14,12 +14,14 @@ about as much. Such a case passes where the error is no more than ROUNDINGS time
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import random
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import cycle, product
 from typing import Any, NamedTuple
@@ -276,12 +278,21 @@ def judge(build: Build, seed: int, case: int, device: str) -> Result:
                   f"{', '.join(wrong)}; {str(build.dtype)[6:]}, {said}" if wrong else "")
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of sums in any order and of the interpreter's overflows; no lines that fp64 has no kernel."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable()
+        yield
+        logging.disable(logging.NOTSET)
+
+
 def work(task: tuple[Build, list[int]], seed: int, until: float) -> list[tuple[int, Result]]:
     """The cases of a build. What raises may have broken the device: the build's other cases are left out."""
     build, numbers = task
     device, out = "cpu" if INTERPRET else "cuda", []
-    warnings.simplefilter("ignore")                      # of sums on CUDA in any order, and the interpreter's overflows
-    with poison():
+    with poison(), quiet():
         for i in numbers:
             if time.time() > until:
                 break
@@ -315,7 +326,7 @@ def report(found: list[Result], wanted: int, seconds: float) -> None:
         mine = [r for r in found if r.family == family]
         if mine:
             fine = [r for r in mine if not r.rounding and not r.wrong]
-            worst = max(fine, key=lambda r: r.worst, default=mine[0])
+            worst = max(fine, key=lambda r: r.worst, default=Result(family, float("nan"), "none passes", False, ""))
             print(f"| {family} | {len(mine)} | {worst.worst:.2f} | {worst.of} | "
                   f"{sum(r.rounding and not r.wrong for r in mine)} | {sum(bool(r.wrong) for r in mine)} |")
     print(f"\n{len(found)} of {wanted} cases, {sum(bool(r.wrong) for r in found)} failures, {seconds:.0f} s")
