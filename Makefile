@@ -28,8 +28,9 @@ parity: .venv/done  ## every model of the parity matrix on every layout, and its
 soak: .venv/done  ## 50 kills at random moments of a run of four processes; its losses must be those of an undisturbed one
 	$(BIN)/python tests/soak.py
 
-lint: .venv/done  ## ruff
+lint: .venv/done  ## ruff, and shellcheck of the jobs
 	$(BIN)/ruff check
+	$(BIN)/shellcheck slurm/*.sbatch .ci/run
 
 types: .venv/done  ## pyright
 	$(BIN)/pyright
