@@ -26,6 +26,7 @@ from stepladder.parallel.watch import EXIT, TELL, LostRank, listed
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = timedelta(seconds=20)    # with threads that only have to answer; torchrun kills after 30
 EVER = timedelta(days=20)           # in milliseconds it must fit into 31 bits
+COMING = 60.0                       # seconds for ranks that are to stop to come together: imports are not equally fast
 LOOK = 1.0                          # seconds between two looks whether the launcher is there
 _round = itertools.count()          # a store outlives a run in tests
 
@@ -98,7 +99,7 @@ class Stop:
                 if number[0] in SIGNALS:
                     name = signal.Signals(number[0]).name
                     self.asked = self.asked or name
-                    if not self.came.wait(PATIENCE.total_seconds()):
+                    if not self.came.wait(COMING):
                         _leave(f"{name} asks the run to stop, and not all of its ranks have come")
                     self.met.wait()
                     self._ask(0, f"{name} to rank {self.rank}" if self.rank else name)    # who asks the others

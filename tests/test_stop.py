@@ -112,7 +112,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_rank_that_is_to_stop_does_not_wait_for_those_that_never_come(ended, capfd, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stop, "PATIENCE", timedelta(seconds=0.1))
+    monkeypatch.setattr(stop, "COMING", 0.1)
     early = Stop()
     ask(early, signal.SIGTERM)
     time.sleep(0.5)
