@@ -108,8 +108,9 @@ def test_offload_without_fsdp_is_refused() -> None:
             refuse(tiny.config(), Parallel(offload=True, shard=False), dp)
 
 
-def test_the_host_sums_the_norm_of_a_large_gradient_in_double_precision() -> None:
-    g = torch.full((1 << 26,), 1e-3)
+@pytest.mark.parametrize("shape", [(1 << 26,), (1 << 13, 1 << 13)])
+def test_the_host_sums_the_norm_of_a_large_gradient_exactly(shape: tuple[int, ...]) -> None:
+    g = torch.full(shape, 1e-3)
     (norm,) = optimizer._norms([g], Mesh(OFFLOAD, CPU))
     assert float(norm) == pytest.approx(1e-3 * 2 ** 13, rel=1e-6)
     assert norm.dtype == g.dtype                                   # fp64 would choose the division of parity tests
