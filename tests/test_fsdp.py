@@ -112,7 +112,7 @@ def test_offload_without_fsdp_is_refused() -> None:
 def test_the_host_sums_the_norm_of_a_large_gradient_exactly(shape: tuple[int, ...]) -> None:
     g = torch.full(shape, 1e-3)
     (norm,) = optimizer._norms([g], Mesh(OFFLOAD, CPU))
-    assert float(norm) == pytest.approx(1e-3 * 2 ** 13, rel=1e-6)
+    assert float(norm) == pytest.approx(1e-3 * 2 ** 13, rel=1e-5)      # equal numbers round alike: the worst case
     assert norm.dtype == g.dtype                                   # fp64 would choose the division of parity tests
 
 
