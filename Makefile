@@ -2,6 +2,8 @@
 BIN := .venv/bin
 # One thread a process and no spinning: the suite starts many ranks on few cores.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+# Two files of tests at a time: many tests wait, and those that compute over many ranks fill more cores by themselves.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 # On a GPU machine the Python that has torch is used as it is, and the checkout without being installed.
 GPU_PYTHON ?= python3
 BARE := PYTHONPATH=.src PYTHONSAFEPATH=1 $(GPU_PYTHON)
@@ -17,7 +19,7 @@ demo: .venv/done  ## prepare, train, kill, resume, split over four processes and
 	@$(BIN)/stepladder demo
 
 test: .venv/done  ## the whole CPU suite
-	$(QUIET) $(BIN)/python -m pytest -m "not gpu"
+	$(QUIET) $(BIN)/python -m pytest -m "not gpu" $(TWO)
 
 deepspeed-test: .venv/done  ## DeepSpeed with weights and moments on a disk, $DISK (.): some minutes, once, to compile its reader
 	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=tests $(QUIET) $(BIN)/python tests/nvme.py $(DISK)

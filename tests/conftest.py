@@ -15,6 +15,12 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two files at a time: jobs that wait for Slurm go beside all others, and what fills every core comes last."""
+    when = {"test_slurm": 0, "test_parity": 2}
+    items.sort(key=lambda item: when.get(item.path.stem, 1))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     files = {item.module for item in session.items if isinstance(item, pytest.Function)}
     ranks.preload(*sorted(file.__name__ for file in files if "ranks" in vars(file)))
