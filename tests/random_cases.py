@@ -41,10 +41,10 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {         # of numbers in [0, 1)
     "0": lambda u: 0 * u, "-0.001": lambda u: 0 * u - 1e-3, "-0.1 to 0": lambda u: -u / 10, "-5 to 0": lambda u: -5 * u,
     "-5": lambda u: 0 * u - 5, "-50": lambda u: 0 * u - 50,
     "of all sizes": lambda u: -torch.tensor([0, 1e-3, 5, 50])[(4 * u).long()],
-    "now and then -1e4": lambda u: torch.where(u > 0.95, -1e4, -u / 100),
+    "now and then -1e3": lambda u: torch.where(u > 0.95, -1e3, -u / 100),
     "now and then -inf": lambda u: torch.where(u > 0.95, -torch.inf, -u / 100)}
 FINITE = [name for name in GATES if name != "now and then -inf"]        # the others have differences of their sums
-STEPS = [name for name in FINITE if name != "now and then -1e4"]        # a step of the scan is what it writes, too
+STEPS = [name for name in FINITE if name != "now and then -1e3"]        # a step of the scan is what it writes, too
 BARS: dict[str, dict[str, float]] = {                    # of 16 bits; "" is for what has no bar of its own
     "gla": {"": 8e-3, "y": 5e-3, "S": 5e-3, "dg": 2e-2}, "ssd": {"": 8e-3, "y": 5e-3, "S": 5e-3, "dg": 2e-2},
     "delta": {"": 8e-3, "dg": 2e-2, "dbeta": 2e-2, "dk": 1e-2},
