@@ -217,8 +217,9 @@ def test_a_job_that_was_asked_for_wrongly_says_so_and_blames_no_node(nodes, job,
     assert not (tmp_path / "run" / "slurm" / "excluded").exists()
 
 
-WAITS = f"""{UNFINISHED}; {SAVED}; echo "$SLURM_STEP_NODELIST" >nodes-$n
-[ $n = 1 ] && {{ [ $SLURM_PROCID != 0 ] || rm unfinished; exit; }}
+WAITS = f"""echo "$SLURM_STEP_NODELIST" >nodes-$n
+[ $n = 0 ] || {{ rm -f unfinished; exit; }}
+{UNFINISHED}; {SAVED}
 until [ -e lost ]; do sleep 0.1; done"""
 
 
