@@ -3,7 +3,7 @@
     make random-cases                                                      10,000 on a GPU
     python tests/random_cases.py [--cases 10000] [--families gla delta ...] [--workers 16] [--seconds 540] [--seed 0]
     python tests/random_cases.py --seed 0 --case 1234                      one of them again
-    TRITON_INTERPRET=1 python tests/random_cases.py --cases 20 --workers 1      a few without a GPU
+    TRITON_INTERPRET=1 python tests/random_cases.py --cases 20             a few without a GPU
 
 A build is what kernels are compiled for: sizes and types. A case is a build and what its own generator draws: rows,
 documents, gates, states, segments. The cases of a build run in a process of their own, so that one that leaves the GPU
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import os
 import random
 import sys
 import time
@@ -23,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import cycle, product
+from itertools import cycle, product, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -237,6 +238,12 @@ def builds() -> Iterator[Build]:
         yield Build("step", dtype, {"kind": kind, "K": K, "V": V, "H": H, "G": H if kind == "gla" else G})
 
 
+def spread() -> list[Build]:
+    """The builds, those of all families side by side: few cases see them all."""
+    families = ([build for build in builds() if build.family == family] for family in FAMILIES)
+    return [build for row in zip_longest(*families) for build in row if build]
+
+
 class Result(NamedTuple):
     family: str
     worst: float              # error by bar
@@ -336,7 +343,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--families", nargs="+", default=[*FAMILIES], choices=FAMILIES)
-    parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="this one alone")
@@ -344,11 +351,12 @@ def main() -> int:
     if not INTERPRET and not torch.cuda.is_available():
         print("random cases need a CUDA device, or TRITON_INTERPRET=1 to interpret the kernels", file=sys.stderr)
         return 2
-    every, began = [*builds()], time.time()
+    every, began = spread(), time.time()
     numbers = range(args.cases) if args.case is None else [args.case]
     tasks = [(build, [i for i in numbers if i % len(every) == b]) for b, build in enumerate(every)
              if build.family in args.families or args.case is not None]
-    tasks, until, found = [task for task in tasks if task[1]], began + args.seconds, []
+    tasks = sorted((task for task in tasks if task[1]), key=lambda task: [*FAMILIES].index(task[0].family))
+    until, found = began + args.seconds, []              # what takes longest to compile goes first
     alone = args.workers == 1 or len(tasks) == 1
     for out in (work(task, args.seed, until) for task in tasks) if alone else parallel(tasks, args, until):
         for i, result in out:
