@@ -360,12 +360,15 @@ def main() -> int:
     alone = args.workers == 1 or len(tasks) == 1
     for out in (work(task, args.seed, until) for task in tasks) if alone else parallel(tasks, args, until):
         for i, result in out:
-            found.append(result)
+            found.append((i, result))
             if result.wrong:
                 print(f"--seed {args.seed} --case {i}: {result.family}: {result.wrong}", flush=True)
     wanted = sum(len(numbers) for _, numbers in tasks)
-    report(found, wanted, time.time() - began)
-    return int(len(found) < wanted or any(r.wrong for r in found))
+    report([result for _, result in found], wanted, time.time() - began)
+    for build, numbers in tasks:
+        if not {i for i, _ in found}.intersection(numbers):
+            print(f"of {build} nothing came back")
+    return int(len(found) < wanted or any(r.wrong for _, r in found))
 
 
 if __name__ == "__main__":

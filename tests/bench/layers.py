@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ class Side(NamedTuple):
     name: str
     weights: int
     forward: Callable[[], Any]
-    both: Callable[[], Any]
+    both: Callable[[], Any] | None      # forward and backward
 
 
 def side(name: str, layer: nn.Module, f: Callable[[Tensor], Tensor], x: Tensor) -> Side:
@@ -142,26 +143,26 @@ def peak(f: Callable[[], Any], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def first(one: Side, device: torch.device) -> tuple[Side, float]:
-    """Its first call, in seconds; a peer whose backward pass refuses this machine goes on with its forward pass."""
+def first(one: Side, device: torch.device) -> tuple[Side, float] | None:
+    """Its first call, in seconds. A peer whose backward pass refuses this machine goes on with its forward pass."""
     began = time.perf_counter()
-    try:
-        one.both()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        if one.name == "ours" or isinstance(e, torch.OutOfMemoryError):
-            raise
-        print(f"{one.name} has no backward pass here, forward alone: {str(e).splitlines()[0][:200]}", flush=True)
-        one.forward()
-        one = one._replace(both=None)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return one, time.perf_counter() - began
+    for f, without in ((one.both, "backward pass"), (one.forward, "forward pass either")):
+        try:
+            f()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return one._replace(both=one.both if f is one.both else None), time.perf_counter() - began
+        except Exception as e:               # of any kind: packages refuse in their own ways
+            if one.name == "ours":
+                raise
+            print(f"{one.name} has no {without} here: {type(e).__name__}: {e}"[:300].splitlines()[0], flush=True)
+    return None
 
 
 def compare(kind: str, shape: str, sizes: Sizes, device: torch.device, args: argparse.Namespace) -> None:
     torch.compiler.reset()                   # a second shape would be compiled for shapes of all sizes
     B, T = map(int, shape.split("x"))
-    begun = [first(one, device) for one in sides(kind, B, T, sizes, device, args.peer)]
+    begun = [*filter(None, (first(one, device) for one in sides(kind, B, T, sizes, device, args.peer)))]
     if args.warm:
         print(f"{kind} {shape}: first calls {', '.join(f'{one.name} {s:.1f} s' for one, s in begun)}", flush=True)
         return
@@ -191,6 +192,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a toy, to try this script")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
+    if args.peer and find_spec("fla") is None:
+        parser.error("--peer compares with flash-linear-attention, which is not installed")
     if args.warm:
         os.environ["FLA_CACHE_RESULTS"] = "0"
     device, sizes, shapes = torch.device(args.device), BIG, args.shapes
