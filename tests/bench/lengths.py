@@ -11,6 +11,7 @@ from a CUDA graph. A layer that is out of memory is not tried at greater lengths
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def middle(f: Callable[[], Any], device: torch.device) -> float:
 @torch.no_grad()
 def decode(layer: TokenMixer, T: int, x: Tensor) -> float:
     """ms of one more token (1, 1, D) for a row of T. Attention reads its whole ring, whatever is in it."""
-    state, ctx = layer.begin(1, T + 1, x), Context.after(torch.full((1,), T, device=x.device), 1)
+    state, ctx = layer.begin(1, T, x), Context.after(torch.full((1,), T, device=x.device), 1)
     ctx = ctx._replace(table=layer.table(ctx, torch.float32))
     step = lambda: layer.step(x, state, ctx)
     if not x.is_cuda:
@@ -120,6 +121,7 @@ def main() -> None:
             print(f"| {T} | {kind} | out of memory | | | | {time.monotonic() - at:.0f} |", flush=True)
             continue
         finally:
+            gc.collect()                     # compiled layers hold one another
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         found[kind].append(p)
