@@ -44,13 +44,20 @@ def run(args: argparse.Namespace) -> int:
     if not args.submit:
         print(text, end="")
         return 0
+    return _submit(text, folder)
+
+
+def _submit(text: str, folder: Path) -> int:
     script = folder / "slurm" / "train.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(text)
     try:
-        return subprocess.run(["sbatch", f"--output={folder}/slurm/%x-%j.out", str(script)]).returncode and 2
+        code = subprocess.run(["sbatch", f"--output={folder}/slurm/%x-%j.out", str(script)]).returncode
     except FileNotFoundError:
         raise ValueError(f"sbatch is not on this machine; submit {script} on a login node of the cluster") from None
+    if code == 0:
+        print(f"its logs go to {script.parent}; once it has begun, stepladder status {folder} says where it stands")
+    return code and 2
 
 
 def seconds(limit: str) -> int:

@@ -147,6 +147,18 @@ def test_submitting_where_there_is_no_slurm_leaves_the_script(printed, tmp_path:
     assert "\nFOLDER=" in (tmp_path / "run/slurm/train.sbatch").read_text()
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_submitted_job_says_where_its_logs_go_and_a_refused_one_does_not(capsys, tmp_path: Path, monkeypatch, takes):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\necho "$@" >{tmp_path}/asked; {str(takes).lower()}\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert cli.main(["slurm", str(EXAMPLE), "--folder", str(tmp_path / "run"), "--submit", ON_8]) == (0 if takes else 2)
+    logs = tmp_path / "run" / "slurm"
+    assert (tmp_path / "asked").read_text() == f"--output={logs}/%x-%j.out {logs}/train.sbatch\n"
+    assert (f"its logs go to {logs}; " in capsys.readouterr().out) is takes
+
+
 @pytest.mark.parametrize("script", sorted((slurm.ROOT / "slurm").glob("*.sbatch")), ids=lambda path: path.stem)
 def test_every_job_is_bash_with_its_options_on_top(script: Path):
     subprocess.run(["bash", "-n", str(script)], check=True)
