@@ -28,6 +28,8 @@ class Captured:
         key = tuple(None if t is None else (t.shape, t.dtype) for t in inputs)
         if key not in self.recorded:
             kept = [p.grad for p in self.params]
+            for p in self.params:            # recording runs passes, which must not add to what passes before made
+                p.grad = None
             self.recorded[key] = _Recording(self, inputs)
             for p, grad in zip(self.params, kept, strict=True):
                 p.grad = grad
