@@ -86,12 +86,12 @@ def traced(step: Any, file: str, mesh: Mesh) -> None:
             seen.export_chrome_trace(file)
 
 
-def experts(mesh: Mesh, small: bool, ahead: int, trace: str) -> dict[str, float]:
+def experts(mesh: Mesh, small: bool, ahead: int, rows: int, trace: str) -> dict[str, float]:
     """Median ms of a pass forward and backward, by side, and of its calls."""
     parts = build(moe(small, ahead), mesh, seed=0, dtype=torch.bfloat16, compiled=mesh.device.type == "cuda")
     if mesh.device.type == "cuda":
         parts.decoder.to(torch.bfloat16)       # no casts from masters in the timing: they shrink with ep, too
-    m = batch(parts.decoder.cfg, mesh, 2 if small else 4, 64 if small else 2048)
+    m = batch(parts.decoder.cfg, mesh, 2 if small else rows, 64 if small else 2048)
     real = [cast(Any, block.channel).experts.exchange for block in blocks(parts.decoder)]
 
     def step() -> None:
@@ -152,9 +152,9 @@ def rank(kind: str, args: argparse.Namespace) -> None:
     mesh = Mesh(Parallel() if kind == "fsdp" else Parallel(ep=size, shard=False), device, me, size)
     gc.disable()
     trace = args.trace.replace("KIND", f"{kind}{size}")
-    ms = sharded(mesh, small, trace) if kind == "fsdp" else experts(mesh, small, int(kind == "pregated"), trace)
+    ms = sharded(mesh, small, trace) if kind == "fsdp" else experts(mesh, small, int(kind == "pregated"), args.rows, trace)
     if me == 0:
-        tokens = 2 * 64 if small else (8 if kind == "fsdp" else 4) * 2048
+        tokens = 2 * 64 if small else (8 if kind == "fsdp" else args.rows) * 2048
         memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
         print(json.dumps({"kind": kind, "gpus": size, "ms": ms, "memory": memory,
                           "tokens_per_s": {k: 1e3 * size * tokens / v for k, v in ms.items() if "host" not in k}}),
@@ -167,13 +167,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=["ep", "pregated", "fsdp"])
     parser.add_argument("--small", action="store_true", help="a toy, to try this script")
+    parser.add_argument("--rows", type=int, default=4, help="of 2048 tokens a GPU, for ep and pregated")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="GPUs")
     parser.add_argument("--trace", default="", help="a file for Chrome's tracing, KIND and SIDE in its name replaced")
     args = parser.parse_args()
     if "RANK" in os.environ:
         return rank(args.kinds[0], args)
     have = torch.cuda.device_count() or 2
-    options = [f"--trace={args.trace}", *(["--small"] if args.small else [])]
+    options = [f"--trace={args.trace}", f"--rows={args.rows}", *(["--small"] if args.small else [])]
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for kind in args.kinds:
         for n in (n for n in args.sizes if n <= have):
