@@ -152,7 +152,10 @@ def rank(kind: str, args: argparse.Namespace) -> None:
     mesh = Mesh(Parallel() if kind == "fsdp" else Parallel(ep=size, shard=False), device, me, size)
     gc.disable()
     trace = args.trace.replace("KIND", f"{kind}{size}")
-    ms = sharded(mesh, small, trace) if kind == "fsdp" else experts(mesh, small, int(kind == "pregated"), args.rows, trace)
+    if kind == "fsdp":
+        ms = sharded(mesh, small, trace)
+    else:
+        ms = experts(mesh, small, int(kind == "pregated"), args.rows, trace)
     if me == 0:
         tokens = 2 * 64 if small else (8 if kind == "fsdp" else args.rows) * 2048
         memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
