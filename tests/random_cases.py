@@ -8,8 +8,9 @@
 A build is what kernels are compiled for: sizes and types. A case is a build and what its own generator draws: rows,
 documents, gates, states, segments. The cases of a build run in a process of their own, so that one that leaves the GPU
 in ruins takes few with it. Memory is poisoned. Bars are those of the families' own tests. An error beyond its bar may
-be the input's fault and not the kernel's: then rounding the inputs once more, with nothing but fp64 after that, does
-about as much. Such a case passes where the error is no more than ROUNDINGS times that, and is counted by itself.
+be the input's fault and not the kernel's, where terms cancel: then rounding the inputs once more, with nothing but fp64
+after that, does more than half a unit in the last place, which is usual. The bar is raised by as much; such cases are
+counted by themselves.
 """
 from __future__ import annotations
 
@@ -36,11 +37,11 @@ from stepladder.kernels.tiles import INTERPRET
 from stepladder.ops import conv, delta, gla, norm, scan, ssd, step
 
 Tensors = dict[str, Tensor]
-ROUNDINGS = 8
 CHUNK, LONGEST, ROWS = (16, 40, (1, 1, 2)) if INTERPRET else (64, 300, (1, 1, 2, 3))
 GATES: dict[str, Callable[[Tensor], Tensor]] = {         # of numbers in [0, 1)
-    "0": lambda u: 0 * u, "-0.001": lambda u: 0 * u - 1e-3, "-0.1 to 0": lambda u: -u / 10, "-5 to 0": lambda u: -5 * u,
-    "-5": lambda u: 0 * u - 5, "-50": lambda u: 0 * u - 50,
+    "0": lambda u: 0 * u, "-0.001": lambda u: 0 * u - 1e-3, "-0.04": lambda u: 0 * u - 0.04,
+    "-0.1 to 0": lambda u: -u / 10, "-1 to 0": lambda u: -u, "-5 to 0": lambda u: -5 * u, "-5": lambda u: 0 * u - 5,
+    "-50": lambda u: 0 * u - 50,
     "of all sizes": lambda u: -torch.tensor([0, 1e-3, 5, 50])[(4 * u).long()],
     "now and then -1e3": lambda u: torch.where(u > 0.95, -1e3, -u / 100),
     "now and then -inf": lambda u: torch.where(u > 0.95, -torch.inf, -u / 100)}
@@ -248,7 +249,7 @@ class Result(NamedTuple):
     family: str
     worst: float              # error by bar
     of: str                   # which tensor's
-    rounding: bool            # beyond its bar, as inputs rounded once more are
+    raised: bool              # beyond its bar
     wrong: str                # what failed
 
 
@@ -276,9 +277,9 @@ def judge(build: Build, seed: int, case: int, device: str) -> Result:
     wrong = []
     for n in (n for n, e in found.items() if not e < 1):
         again = again or results(definition, double(rounded(x, build.dtype, d)), build.family)
-        e, alone = ratio(got[n], want[n]), ratio(again[n], want[n])
-        if not e < ROUNDINGS * alone:
-            wrong.append(f"{n} {e:.1e} ({alone:.1e} by rounding; bar {bars.get(n, bars['']):.0e})")
+        raised = max(1.0, ratio(again[n], want[n]) / (torch.finfo(build.dtype).eps / 2))
+        if not found[n] < raised:
+            wrong.append(f"{n} {ratio(got[n], want[n]):.1e} (bar {raised * bars.get(n, bars['']):.1e})")
     of = max(found, key=lambda n: (found[n] != found[n], found[n]))
     said = ", ".join(f"{n} {v}" for n, v in (build.sizes | d.said).items())
     return Result(build.family, found[of], of, again is not None,
@@ -328,14 +329,14 @@ def parallel(tasks: list[tuple[Build, list[int]]], args: argparse.Namespace, unt
 
 
 def report(found: list[Result], wanted: int, seconds: float) -> None:
-    print("\n| family | cases | worst error / bar | of | beyond the bar by rounding | failures |\n|" + "---|" * 6)
+    print("\n| family | cases | worst error / bar | of | under a raised bar | failures |\n|" + "---|" * 6)
     for family in FAMILIES:
         mine = [r for r in found if r.family == family]
         if mine:
-            fine = [r for r in mine if not r.rounding and not r.wrong]
+            fine = [r for r in mine if not r.raised and not r.wrong]
             worst = max(fine, key=lambda r: r.worst, default=Result(family, float("nan"), "none passes", False, ""))
             print(f"| {family} | {len(mine)} | {worst.worst:.2f} | {worst.of} | "
-                  f"{sum(r.rounding and not r.wrong for r in mine)} | {sum(bool(r.wrong) for r in mine)} |")
+                  f"{sum(r.raised and not r.wrong for r in mine)} | {sum(bool(r.wrong) for r in mine)} |")
     print(f"\n{len(found)} of {wanted} cases, {sum(bool(r.wrong) for r in found)} failures, {seconds:.0f} s")
 
 
@@ -365,9 +366,8 @@ def main() -> int:
                 print(f"--seed {args.seed} --case {i}: {result.family}: {result.wrong}", flush=True)
     wanted = sum(len(numbers) for _, numbers in tasks)
     report([result for _, result in found], wanted, time.time() - began)
-    for build, numbers in tasks:
-        if not {i for i, _ in found}.intersection(numbers):
-            print(f"of {build} nothing came back")
+    if lost := [build for build, numbers in tasks if not {i for i, _ in found}.intersection(numbers)]:
+        print(f"of {len(lost)} builds nothing came back, the first {lost[0]}")
     return int(len(found) < wanted or any(r.wrong for _, r in found))
 
 

@@ -48,7 +48,7 @@ def test_what_raises_leaves_out_the_rest_of_its_build(
 
 
 @pytest.mark.parametrize(("error", "passes"), [(0.5, True), (8.0, False)])
-def test_a_difference_may_be_as_wrong_as_rounding_its_terms_makes_it(
+def test_the_bar_of_a_difference_is_raised_by_what_rounding_does_to_it(
         error: float, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def difference(error: float) -> Callable[..., Any]:
         return lambda x, y: (x * (1 + error * torch.finfo(HALF).eps) - y,)
@@ -62,5 +62,5 @@ def test_a_difference_may_be_as_wrong_as_rounding_its_terms_makes_it(
     monkeypatch.setitem(random_cases.BARS, "toy", {"": 5e-3})
     result = judge(Build("toy", HALF, {}), 0, 0, "cpu")
     assert result.worst > 1
-    assert result.rounding
+    assert result.raised
     assert (not result.wrong) == passes
