@@ -11,6 +11,7 @@ a launcher that is killed leaves its ranks behind, and they follow it.
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -81,6 +82,7 @@ class Stop:
         self.over.set()
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
+        atexit.register(_deafen)
         os.close(self.pipe)
         self._ask(self.rank, "")
         self.came.set()
@@ -150,6 +152,12 @@ class Stop:
         thread = threading.Thread(target=work, args=args, name="stop", daemon=True)
         thread.start()
         return thread
+
+
+def _deafen() -> None:
+    """Python's handlers go before its process does, and the default of a late signal would end a finished run badly."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave(why: str, tell: Callable[[str], None] = lambda why: None) -> None:

@@ -1,6 +1,7 @@
 """A signal stops all ranks after the same step, the furthest that one of them has begun, whoever got it."""
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import signal
@@ -146,6 +147,16 @@ def test_a_rank_that_has_come_to_its_end_answers_for_the_last_step(ranks: list[S
     ask(ranks[2], signal.SIGTERM)
     assert ranks[2].known.wait(5)
     assert not ranks[2].may_begin(5)
+
+
+def test_a_signal_while_python_takes_its_handlers_away_does_nothing(monkeypatch: pytest.MonkeyPatch):
+    """It does so before the process ends, and a finished run then died of Slurm's USR1."""
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    Stop().close()
+    for last in at_exit:
+        last()
+    assert {signal.getsignal(number) for number in stop.SIGNALS} == {signal.SIG_IGN}
 
 
 def test_a_stop_that_is_closed_leaves_no_thread():
