@@ -9,6 +9,8 @@ import matrix
 import ranks
 from test_parity import EXACT, worst
 
+ranks.preload("test_parity")
+
 
 def measure(name: str) -> float:
     """The largest relative error on a layout, all ranks and models; prints a line, and what is too large below it."""
