@@ -102,6 +102,13 @@ def test_keys_that_are_all_alike_are_borne(poisoned: None) -> None:
         agree(kernel, definition, made, BAR[dtype])
 
 
+def test_a_token_that_writes_nothing_is_told_what_writing_would_change(poisoned: None) -> None:
+    """Its gradient cannot be had as dv / beta, though it is that where beta is not 0."""
+    made = inputs(dtype=HALF, G=1, H=1)
+    made["beta"][:, ::3] = 0
+    agree(kernel, definition, made, BAR[HALF])
+
+
 def test_a_gate_of_minus_infinity_empties_the_state(poisoned: None) -> None:
     made = inputs(G=1, H=1)
     made["g"][:, [3, 20]] = -torch.inf
@@ -183,6 +190,8 @@ def test_mixers_take_the_kernel_where_there_is_one(monkeypatch: pytest.MonkeyPat
     assert asked[-1][-1] == "keys of 12 and values of 16; sizes are (32, 64, 128, 256)"
     delta.mix(**inputs(1), dtype=HALF)
     assert len(asked) == 2
+    delta.mix(**inputs(20, K=32, V=32), dtype=SINGLE)
+    assert "torch.float32" in asked[-1]
 
 
 def test_a_beta_of_another_shape_is_refused() -> None:
