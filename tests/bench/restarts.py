@@ -1,0 +1,108 @@
+"""How long a run takes to start, to save, and to go on after a kill: the program itself, watched from outside.
+
+    python tests/bench/restarts.py RUN.toml [section.key=value ...]                # one process, one GPU or none
+    python tests/bench/restarts.py RUN.toml --ranks 4 [section.key=value ...]      # under torchrun, which restarts it
+
+The run is killed (SIGKILL, one rank of it) two steps after its second checkpoint and goes on to the end. Times are
+those at which lines arrive in metrics.jsonl, so every step is logged unless --log-every says otherwise; what logging
+costs is the difference between two runs of this program.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+
+class Run:
+    """A program under way, and when its lines arrived."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.folder, self.read, self.seen = folder, 0, []
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3", "--nproc-per-node",
+                    str(args.ranks)] if args.ranks > 1 else []
+        self.command = [sys.executable, *launcher, "-m", "stepladder.launch.cli", "train", str(args.run), "--folder",
+                        str(folder), f"checkpoint.every={args.every}", f"train.steps={4 * args.every}",
+                        f"train.log_every={args.log_every}", *args.change]
+        self.published: dict[str, float] = {}
+        self.start()
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+
+    def until(self, step: int) -> list[tuple[int, float]]:
+        """Wait for a step; (step, when) of the lines that came since the last call."""
+        file, got, rest = self.folder / "metrics.jsonl", [], b""
+        while not got or got[-1][0] < step:
+            if self.process.poll() not in (None, 0) or (self.process.poll() == 0 and not file.exists()):
+                sys.exit(f"the run ended with {self.process.returncode}")
+            for path in self.folder.glob("checkpoints/*"):
+                if ".tmp" not in path.name:
+                    self.published.setdefault(path.name, time.perf_counter())
+            if file.exists():
+                self.read = min(self.read, file.stat().st_size)         # a resume cuts off what came after the save
+                with file.open("rb") as f:
+                    f.seek(self.read)
+                    new = f.read()
+                *lines, rest = new.split(b"\n")
+                self.read += len(new) - len(rest)
+                got += [(json.loads(x)["step"], time.perf_counter()) for x in lines]
+            time.sleep(0.002)
+        self.seen += got
+        return got
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, which are the launcher's children, or of the one."""
+        out = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        return [int(x) for x in out] or [self.process.pid]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("change", nargs="*", help="section.key=value")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--every", type=int, default=15, help="steps from checkpoint to checkpoint")
+    parser.add_argument("--log-every", type=int, default=1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(args, Path(scratch) / "run")
+        first = run.until(1)[0][1] - run.began
+        print(f"start to first step: {first:.1f} s", flush=True)
+        steps = run.until(2 * args.every + 2)
+        size = max(sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+                   for path in run.folder.glob("checkpoints/*"))
+        victim, at = run.ranks()[-1], time.perf_counter()
+        os.kill(victim, signal.SIGKILL)
+        if args.ranks == 1:
+            run.process.wait()
+            run.start()
+        again = run.until(2 * args.every + 1 if args.ranks > 1 else 0)
+        print(f"kill to next step ({again[0][0]}): {again[0][1] - at:.1f} s", flush=True)
+        steps += [(0, 0.0), *again, *run.until(4 * args.every)]
+        run.process.wait()
+    took = {n: b - a for (m, a), (n, b) in pairwise(steps) if n == m + args.log_every and n > 5}
+    saving = [t for n, t in took.items() if n % args.every == 1]
+    usual = [t for n, t in took.items() if n % args.every != 1]
+    print(f"a step: {1e3 * median(usual) / args.log_every:.2f} ms, median of {len(usual)}")
+    if saving:
+        print(f"after a save: {1e3 * median(saving):.2f} ms, {100 * (median(saving) / median(usual) - 1):.1f} % more")
+    when = dict(steps)
+    done = [t - when[n] for name, t in run.published.items()
+            if (n := int("".join(filter(str.isdigit, name)) or 0)) in when]
+    if done:
+        print(f"a checkpoint of {size / 1e9:.2f} GB is published {min(done):.1f}-{max(done):.1f} s after its step: "
+              f"{size / 1e9 / median(done):.2f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
