@@ -1,107 +1,16 @@
-"""Gated linear attention forward: state, products inside a chunk and output in one kernel, at any gate.
+"""Gated linear attention forward: chunks' factors and the walk over them (gla_states.py), then chunks that were slow.
 
-One program walks the chunks of one head's row (or segment of it) with BV value channels of the state in registers.
-Key channels go in blocks of BK, so that four warps hold everything. Exponents are in base 2.
-
-The decay between rows i >= j, 2^(b_i - b_j) with b the running sum of the gates, is split in two factors around a
-reference row in the chunk's middle: one matrix product while both factors stay in range. Where they do not, or a
-document begins inside the chunk, the chunk is slow: of it this kernel updates the state alone, whose factors are never
-above 1, and what it makes of the output is dropped. slow_kernel, which skips all other chunks, walks those token by
-token: exact for any gate, and no row sees anything of another document, NaN included.
+What the walk makes of a slow chunk's output is wrong, and may be NaN. slow_kernel, which skips all other chunks, makes
+it anew, token by token: exact for any gate, and no row sees anything of another document, NaN included.
 """
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.gla_states import ahead, starts
-from stepladder.kernels.tiles import LOG2E, cdiv, dot, power, processors, split
-
-LIMIT = {torch.bfloat16: 64, torch.float32: 16, torch.float16: 8}   # log2 of a factor: fp16 ends at 16, fp32 is precise
-
-
-@triton.jit
-def rows_of(z, row, D: tl.constexpr, x, seen):
-    """Rows (C, x) of z (.., D), zero where not seen."""
-    return tl.load(z + row[:, None] * D + x[None, :], mask=seen[:, None], other=0.0)
-
-
-@triton.jit
-def halves(g, r, C: tl.constexpr):
-    """Sums of the gates up to the reference row C / 2, and after it, for exp2."""
-    return (tl.sum(tl.where((r <= C // 2)[:, None], g, 0.0), 0) * LOG2E,
-            tl.sum(tl.where((r > C // 2)[:, None], g, 0.0), 0) * LOG2E)
-
-
-@triton.jit
-def block(q, k, g, row, x, r, seen, mine, coming, bv, S, A, o, K: tl.constexpr, C: tl.constexpr):
-    """S after the chunk, in BK key channels, what they add to the pairs A and the output o, and the least exponent."""
-    bg = tl.where(mine[:, None], rows_of(g, row, K, x, seen).to(tl.float32), 0.0)
-    bq, bk = rows_of(q, row, K, x, seen), rows_of(k, row, K, x, seen)
-    left, right = halves(bg, r, C)
-    e = tl.cumsum(bg, 0) * LOG2E - left[None, :]
-    qs, ks = (bq * tl.exp2(e)).to(bv.dtype), (bk * tl.exp2(-e)).to(bv.dtype)
-    A = dot(qs, tl.trans(ks), A)
-    o = dot(qs, tl.where(coming, S * tl.exp2(left)[:, None], 0.0).to(bv.dtype), o)
-    # a difference of sums loses what small gates say after large ones; beyond what 16 bits can tell it is right
-    e = ahead(bg) if bv.dtype == tl.float32 else right[None, :] - e
-    ks = tl.where(mine[:, None], bk * tl.exp2(e), 0.0).to(bv.dtype)
-    S = dot(tl.trans(ks), bv, tl.where(coming, S * tl.exp2(left + right)[:, None], 0.0))
-    return S, A, o, tl.minimum(tl.min(left), tl.min(right))
-
-
-@triton.jit
-def forward_kernel(q, k, v, g, doc, S_in, y, saved, pairs, slow, S_out, scale, T, chunks, SEGMENTS,
-                   H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                   BV: tl.constexpr, LIMIT: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
-                   STAGES: tl.constexpr):
-    tile, p = tl.program_id(0) % (V // BV), tl.program_id(0) // (V // BV)      # tiles of a head side by side: L2
-    segment, bh = p % SEGMENTS, p // SEGMENTS
-    b = (bh // H).to(tl.int64)
-    N = tl.cdiv(T, C)
-    r, x, w = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
-    causal = r[:, None] >= r[None, :]
-    at = x[:, None] * V + w[None, :]
-    S_in += p.to(tl.int64) * K * V
-    doc += b * T
-    Sa = tl.load(S_in + at)
-    Sb = Sa
-    if K > BK:
-        Sb = tl.load(S_in + BK * V + at)
-    begin, end = segment * chunks, tl.minimum(segment * chunks + chunks, N)
-    for c in tl.range(begin, end, num_stages=STAGES, disable_licm=True):
-        t = c * C + r
-        seen = (t < T) | EVEN
-        row = (b * T + t) * H + bh % H
-        n = (b * N + c) * H + bh % H
-        before = tl.load(doc + c * C - 1, mask=c > 0, other=0)
-        first, last = tl.load(doc + c * C), tl.load(doc + tl.minimum(c * C + C, T) - 1)
-        mine = tl.load(doc + t, mask=seen, other=-1) == last
-        bv = rows_of(v, row, V, w, seen)
-        bv = tl.where(mine[:, None], bv, 0.0).to(bv.dtype)
-        Sa_in, Sb_in = Sa.to(bv.dtype), Sb.to(bv.dtype)
-        A, o = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
-        Sa, A, o, low = block(q, k, g, row, x, r, seen, mine, before == last, bv, Sa, A, o, K, C)
-        if K > BK:
-            Sb, A, o, lowest = block(q, k, g, row, BK + x, r, seen, mine, before == last, bv, Sb, A, o, K, C)
-            low = tl.minimum(low, lowest)
-        fast = (first == last) & (low >= -LIMIT)            # not where a gate is NaN
-        tl.store(slow + n, 1 - fast.to(tl.int8))            # every tile writes the same
-        wanted = SAVE | (fast == 0)                         # by the backward pass, or by the slow kernel
-        tl.store(saved + n * K * V + at, Sa_in, mask=wanted)
-        if K > BK:
-            tl.store(saved + n * K * V + BK * V + at, Sb_in, mask=wanted)
-        A = tl.where(causal, A, 0.0).to(bv.dtype)
-        if SAVE:
-            tl.store(pairs + (n * C + r[:, None]) * C + r[None, :], A, mask=tile == 0)
-        o = dot(A, bv, o)
-        tl.store(y + row[:, None] * V + w[None, :], (o * scale).to(bv.dtype), mask=(seen & fast)[:, None])
-    if end == N:
-        tl.store(S_out + bh.to(tl.int64) * K * V + at, Sa)
-        if K > BK:
-            tl.store(S_out + bh.to(tl.int64) * K * V + BK * V + at, Sb)
+from stepladder.kernels.gla_states import WALK, factors, starts, walk
+from stepladder.kernels.tiles import LOG2E, cdiv, power, processors, split
 
 
 @triton.jit
@@ -149,8 +58,6 @@ def slow_kernel(q, k, v, g, doc, saved, slow, y, scale, T, total, H: tl.constexp
                             C)
 
 
-# Value channels of a tile, warps, stages. The first is run; the others are for a bench to compare.
-FORWARD = ((64, 4, 2), (64, 4, 1), (32, 4, 2), (64, 4, 3))
 FEW = 16        # channels of a slow program: one warp holds its state
 
 
@@ -174,18 +81,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, 
     """
     B, T, H, K = q.shape
     V, N = v.shape[-1], cdiv(T, chunk)
-    tile, warps, stages = FORWARD[0]
-    BK, BV = block or min(K, 64), min(V, tile)
-    each, count = split(N, segment or segments(T, B * H * V // BV, chunk, q))
-    begin = starts(k, v, g, doc, S, 1.0, each, chunk, back=False)
-    y, S_out, saved = torch.empty_like(v), torch.empty_like(S), q.new_empty(B, N, H, K, V)
-    pairs = q.new_empty(B, N, H, chunk, chunk) if save else q.new_empty(0)
-    slow = torch.empty((B, N, H), dtype=torch.int8, device=q.device)
-    forward_kernel[(B * H * count * V // BV,)](
-        q, k, v, g, doc, begin, y, saved, pairs, slow, S_out, scale, T, each, count, H, K, V, chunk, BK, BV,
-        LIMIT[q.dtype], save, T % chunk == 0, stages, num_warps=warps, num_stages=stages)
+    each, _ = split(N, segment or segments(T, B * H * cdiv(V, WALK[0][0]), chunk, q))
+    made = factors(q, k, g, doc, scale, chunk, False, block)
+    y, saved, ends = walk(made, v, made.pairs, starts(made, v, S, each, False), each, save, False)
     few = min(V, FEW)
     total = B * N * H * V // few
     programs, width = share(total, q)
-    slow_kernel[(programs,)](q, k, v, g, doc, saved, slow, y, scale, T, total, H, K, V, chunk, few, width, num_warps=1)
-    return y, S_out, saved, pairs, slow
+    slow_kernel[(programs,)](q, k, v, g, doc, saved, made.slow, y, scale, T, total, H, K, V, chunk, few, width,
+                            num_warps=1)
+    return y, ends[:, :, -1].contiguous(), saved, made.pairs if save else q.new_empty(0), made.slow

@@ -104,7 +104,8 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) ->
         return matrix(q, k, v, g, None, start, S, K**-0.5), S
     if T != 1 and runs("gla", v, v.dtype,
                        None if K in KEYS else f"keys of {K}; sizes are {KEYS}",
-                       None if V in VALUES else f"values of {V}; sizes are {VALUES}"):
+                       None if V in VALUES else f"values of {V}; sizes are {VALUES}",
+                       None if v.dtype.itemsize == 2 else f"{v.dtype}, of which ptxas 12.8 makes wrong code"):
         return fused(q, k, v, g, start, S, K**-0.5)
     form = recurrent if T == 1 else chunked
     return form(promote(q) * K**-0.5, promote(k), promote(v), g, start, S)

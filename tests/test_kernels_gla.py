@@ -11,7 +11,6 @@ import torch
 from fused import BAR, HALF, SINGLE, agree, outcome, rand, randn, ratio
 from torch import Tensor
 
-from stepladder.kernels import gla as kernels
 from stepladder.kernels import gla_backward, gla_states
 from stepladder.ops import gla
 
@@ -67,8 +66,7 @@ def test_rows_of_any_length(T: int, poisoned: None) -> None:
 @pytest.mark.parametrize("steep", [1, 1000])
 def test_channels_go_in_blocks_and_tiles(steep: float, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the second block of channels alone is out of range, too."""
-    for module, table in ((kernels, "FORWARD"), (gla_states, "SWEEP"), (gla_backward, "REVERSE"),
-                          (gla_backward, "KEYS")):
+    for module, table in ((gla_states, "FACTORS"), (gla_states, "WALK"), (gla_states, "SWEEP"), (gla_backward, "KEYS")):
         monkeypatch.setattr(module, table, ((16, *getattr(module, table)[0][1:]),))
     x = inputs(begins=[18], K=32, V=32)
     x["g"][..., 16:] *= steep
@@ -164,14 +162,23 @@ def test_mixing_scales_queries_whichever_form_runs(takes: bool, monkeypatch: pyt
     agree(gla.mix, lambda q, **rest: gla.recurrent(q * 16**-0.5, **rest), x, BAR[SINGLE])
 
 
+def test_fp32_takes_the_torch_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several sizes the compilers make wrong code, which tests/hazards.py finds; of 16 x 16 gradients were wrong."""
+    said: list[list[str | None]] = []
+    monkeypatch.setattr(gla, "runs", lambda *args: said.append([*args[3:]]))
+    for dtype in (SINGLE, HALF):
+        gla.mix(**inputs(5, dtype=dtype))
+    assert [any(why) for why in said] == [True, False]
+
+
 def test_every_launch_compiles_for_hopper_within_its_registers() -> None:
     found = fused.compiled("gla")
-    assert {one["kernel"] for one in found} == {"forward_kernel", "slow_kernel", "reverse_kernel", "keys_kernel",
+    assert {one["kernel"] for one in found} == {"factors_kernel", "walk_kernel", "slow_kernel", "keys_kernel",
                                                 "slow_keys_kernel", "slow_values_kernel"}
     for one in found:
-        ahead = one["kernel"] in ("forward_kernel", "reverse_kernel")      # these load ahead: it costs both
-        assert one["spills"] <= (288 if ahead else 64), one
-        assert one["shared"] <= (124 if ahead else 112) * 1024, one
+        most = {"factors_kernel": 80, "keys_kernel": 232}          # without spills they are slower
+        assert one["spills"] <= most.get(one["kernel"], 64), one
+        assert one["shared"] <= 113 * 1024, one                    # two blocks a processor
 
 
 # On a GPU

@@ -38,7 +38,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def gla(B: int, T: int, K: int, V: int, peer: bool) -> Case:
-    from stepladder.kernels import gla as forward
     from stepladder.kernels import gla_backward, gla_states
     from stepladder.ops import gla as ops
     start = torch.zeros(B, T, dtype=torch.bool, device="cuda")
@@ -54,7 +53,7 @@ def gla(B: int, T: int, K: int, V: int, peer: bool) -> Case:
                 (n * (8 * K + 4 * V + states), n * (16 * K + 6 * V + states)),
                 (n * (4 * K * V + 128 * (K + V)), n * (10 * K * V + 64 * (6 * K + 4 * V))),
                 {name: (vars(module), name) for module, name in
-                 ((forward, "FORWARD"), (gla_states, "SWEEP"), (gla_backward, "REVERSE"), (gla_backward, "KEYS"))})
+                 ((gla_states, "FACTORS"), (gla_states, "WALK"), (gla_states, "SWEEP"), (gla_backward, "KEYS"))})
 
 
 def delta(B: int, T: int, K: int, V: int, peer: bool, gated: bool = False) -> Case:
