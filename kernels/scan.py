@@ -5,7 +5,8 @@ triton keeps the first two in each thread's registers and spreads the last two o
 
     (N / 4, R, 4, 8)
 
-Sums go over entries and over channels: as squares as can be, threads exchange least, and none leaves the warp.
+Sums go over entries and over channels: as squares as can be, threads exchange least, and none leaves the warp. Where
+a document begins states are emptied: chunks in which none does, nearly all, run without masks.
 
 Few warps fit a processor, and a store holds back the loads that are written after it: what several tokens need is
 loaded before the first of them is computed, or each would wait for memory by itself. D is a constant, so that rows
@@ -18,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepladder.kernels.lanes import over_channels, over_entries, over_tokens
 from stepladder.kernels.tiles import LOG2E, cdiv, processors, split
 
 # (R, tokens loaded together) forward, and tokens between saved states, which are also those that the backward pass has
-# in registers. The first of each runs.
-FORWARD: dict[str, tuple[tuple[int, int], ...]] = {"scan": ((4, 4), (2, 4), (4, 8), (2, 8))}
-BACKWARD: dict[str, tuple[int, ...]] = {"scan": (8, 4)}
+# in registers.
+FORWARD: dict[str, tuple[tuple[int, int], ...]] = {"scan": ((4, 4),)}
+BACKWARD: dict[str, tuple[int, ...]] = {"scan": (8,)}
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -38,6 +40,14 @@ def _tile(D: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
     channels = (tl.program_id(0) * 8 + tl.arange(0, 8))[None, None, None, :] * R + tl.arange(0, R)[None, :, None, None]
     d = tl.broadcast_to(channels, [1, R, 4, 8])
     return n, d, (d < D) if D % (8 * R) else tl.full([1, R, 4, 8], 1, tl.int1)
+
+
+@triton.jit
+def _mine(D: tl.constexpr, R: tl.constexpr):
+    """A lane's number, the channel whose sums it is left with, and whether there is one."""
+    lane = tl.arange(0, 32)
+    mine = (tl.program_id(0) * 8 + lane // 4) * R + lane % R
+    return lane, mine, (mine < D) if D % (8 * R) else tl.full([32], 1, tl.int1)
 
 
 @triton.jit
@@ -62,13 +72,50 @@ def _fold(h, ends, spans, at, d, tile, rate, live, D: tl.constexpr, N: tl.conste
 
 
 @triton.jit
-def _over_entries(x):
-    return tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
+def _borders(start, c, T, C: tl.constexpr):
+    """Where documents begin in chunk c; tokens beyond the row stand for documents.
+
+    As many as lanes: their maximum is one instruction, of which ptxas knows that all lanes have the same of it. Where
+    it does not, it makes a second copy of what follows, for lanes that part.
+    """
+    i = tl.arange(0, 32)
+    t = c * C + i
+    return tl.where(i < C, tl.load(start + t, mask=(t >= 0) & (t < T) & (i < C), other=1).to(tl.int32), 0)
 
 
 @triton.jit
-def _over_channels(x):
-    return tl.sum(tl.sum(x, 1, keep_dims=True), 3, keep_dims=True)
+def _walk(h, span, rate, q, k, v, dt, start, y, live, alive, lane, left, D: tl.constexpr, N: tl.constexpr,
+          C: tl.constexpr, G: tl.constexpr, ENDS: tl.constexpr, PLAIN: tl.constexpr):
+    """C tokens, of which there are `left` more in the row. PLAIN: no document begins, and there are C."""
+    for g in tl.static_range(0, C, G):
+        seen = ()
+        for i in tl.static_range(g, g + G):
+            valid = True if PLAIN else i < left
+            x, u, key = _token(v, dt, k, i, valid, live, D, N)
+            query = key
+            if not ENDS:
+                query = tl.load(q + i * N, mask=valid, other=0.0)
+            fresh = False
+            if not PLAIN:
+                fresh = tl.load(start + i, mask=valid, other=0) != 0
+            seen += ((x, u, key, query, fresh),)
+        for i in tl.static_range(G):
+            x, u, key, query, fresh = seen[i]       # pyright: ignore
+            u, key = u.to(tl.float32), key.to(tl.float32)  # pyright: ignore
+            if not PLAIN:
+                h = tl.where(fresh, 0.0, h)
+            h = tl.exp2(x * rate) * h + x * u * key
+            if ENDS:
+                span = tl.where(span < 0, -1.0, span + x)
+                if not PLAIN:
+                    span = tl.where(fresh, -1.0, span)
+            else:
+                out = over_entries(h * query.to(tl.float32), lane).to(y.dtype.element_ty)
+                if PLAIN:
+                    tl.store(y + (g + i) * D, out, mask=alive)
+                else:
+                    tl.store(y + (g + i) * D, out, mask=(g + i < left) & alive)
+    return h, span
 
 
 @triton.jit(do_not_specialize=["T", "per", "segments"])      # rows of any length run what one of them compiled
@@ -77,39 +124,30 @@ def _forward(q, k, v, dt, A, start, h0, ends, spans, y, states, h1, T, per, segm
     """A segment of `per` chunks. ENDS: from nothing, for its last state and its time alone."""
     b, s, chunks = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.cdiv(T, C)
     n, d, live = _tile(D, N, R)
-    tile, wide, mine = d * N + n, _wide(n, N), b * segments + s
+    tile, wide, part = d * N + n, _wide(n, N), b * segments + s
+    lane, mine, alive = _mine(D, R)
     rate = tl.load(A + tile, mask=live, other=0.0).to(tl.float32) * LOG2E
     h, span = tl.zeros_like(rate), tl.zeros(d.shape, tl.float32)
     if not ENDS:
         h += tl.load(h0 + b * D * N + tile, mask=live, other=0.0)
         for m in range(s):
             h = _fold(h, ends, spans, b * segments + m, d, tile, rate, live, D, N)
-    q, k, v, dt = q + b * T * N + wide, k + b * T * N + wide, v + b * T * D + d, dt + b * T * D + d
+    start += b * T
+    borders = _borders(start, s * per, T, C)
     for c in range(s * per, tl.minimum(s * per + per, chunks)):
         if SAVE:
             tl.store(states + ((b * chunks + c) * N + n) * D + d, h, mask=live)
-        for g in tl.static_range(C // G):
-            first, seen = tl.cast(c, tl.int64) * C + g * G, ()
-            for i in tl.static_range(G):
-                valid = first + i < T
-                x, u, key = _token(v, dt, k, first + i, valid, live, D, N)
-                query = key
-                if not ENDS:
-                    query = tl.load(q + (first + i) * N, mask=valid, other=0.0)
-                fresh = tl.load(start + b * T + first + i, mask=valid, other=0) != 0
-                seen += ((x, u, key, query, fresh),)
-            for i in tl.static_range(G):
-                x, u, key, query, fresh = seen[i]       # pyright: ignore
-                u, key = u.to(tl.float32), key.to(tl.float32)  # pyright: ignore
-                h = tl.exp2(x * rate) * tl.where(fresh, 0.0, h) + x * u * key
-                if ENDS:
-                    span = tl.where(fresh | (span < 0), -1.0, span + x)
-                else:
-                    out = _over_entries(h * query.to(tl.float32)).to(y.dtype.element_ty)
-                    tl.store(y + (b * T + first + i) * D + d, out, mask=(first + i < T) & live)
+        plain, t = tl.max(borders) == 0, tl.cast(c, tl.int64) * C
+        borders, at = _borders(start, c + 1, T, C), b * T + t
+        if plain:
+            h, span = _walk(h, span, rate, q + at * N + wide, k + at * N + wide, v + at * D + d, dt + at * D + d,
+                            start + t, y + at * D + mine, live, alive, lane, T - t, D, N, C, G, ENDS, True)
+        else:
+            h, span = _walk(h, span, rate, q + at * N + wide, k + at * N + wide, v + at * D + d, dt + at * D + d,
+                            start + t, y + at * D + mine, live, alive, lane, T - t, D, N, C, G, ENDS, False)
     if ENDS:
-        tl.store(ends + mine * D * N + tile, h, mask=live)
-        tl.store(spans + mine * D + d, span, mask=live)
+        tl.store(ends + part * D * N + tile, h, mask=live)
+        tl.store(spans + part * D + d, span, mask=live)
     elif s == segments - 1:
         tl.store(h1 + b * D * N + tile, h, mask=live)
 
@@ -152,68 +190,98 @@ def _again(q, k, v, dt, dy, i, live, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _gradients(token, kept, flow, slowed, rate, dk, dv, ddt, live):
-    """Of one token, all but dq. kept: what is left of the state before it. Returns flow and slowed before the token."""
+def _gradients(token, h, flow, slowed, rate, dt, v, dv, ddt, lane, alive):
+    """Of one token, all but dq. h: the state before it. Returns flow and slowed before the token, and parts of dk."""
     x, u, key, query, dout = token
     u = u.to(tl.float32)
     dh = dout.to(tl.float32) * query.to(tl.float32) + flow
-    tl.store(dk, _over_channels(dh * (x * u)))
-    lost = dh * kept
-    written, slower = _over_entries(dh * key.to(tl.float32)), _over_entries(lost * rate) * LN2
-    tl.store(dv, (x * written).to(dv.dtype.element_ty), mask=live)
-    tl.store(ddt, u * written + slower, mask=live)
-    return tl.exp2(x * rate) * dh, slowed + lost * x
+    dk = over_channels(dh * (x * u), lane)
+    flow = tl.exp2(x * rate) * dh
+    lost = flow * h
+    written, slower = over_entries(dh * key.to(tl.float32), lane), over_entries(lost * rate, lane) * LN2
+    step, value = tl.load(dt, mask=alive, other=0.0).to(tl.float32), tl.load(v, mask=alive, other=0.0).to(tl.float32)
+    tl.store(dv, (step * written).to(dv.dtype.element_ty), mask=alive)
+    tl.store(ddt, value * written + slower, mask=alive)
+    return flow, slowed + lost * x, dk
 
 
 @triton.jit
-def _chunk(state, flow, slowed, rate, q, k, v, dt, dy, dq, dk, dv, ddt, n, live, D: tl.constexpr, N: tl.constexpr,
-           C: tl.constexpr):
-    """C tokens of one document: forward for their states and dq, then back. What is read again is in the cache."""
-    wide, seen, kept = _wide(n, N), (), ()
+def _saved(state, live, D: tl.constexpr, N: tl.constexpr):
+    """A saved state, of which `state` is each lane's first entry.
+
+    Loaded as channels are: as a whole, triton would lay it out otherwise, and form all that follows in both ways.
+    """
+    e = tl.arange(0, N // 4)[:, None, None, None]
+    h = tl.zeros([N // 4, state.shape[1], 4, 8], tl.float32)
+    for i in tl.static_range(N // 4):
+        h = tl.where(e == i, tl.load(state + i * D, mask=live, other=0.0).to(tl.float32), h)
+    return h
+
+
+@triton.jit
+def _chunk(state, flow, slowed, rate, q, k, v, dt, dy, dq, dk, dv, ddt, n, d, mine, live, alive, D: tl.constexpr,
+           N: tl.constexpr, C: tl.constexpr):
+    """C tokens of one document: forward for their states and dq, then back. What is read again is in the cache.
+
+    dq and dk are stored for as many tokens together as there are lanes for.
+    """
+    E: tl.constexpr = N // 4
+    P: tl.constexpr = 32 // N if 32 // N < C else C
+    wide, seen, kept, lane = _wide(n, N), (), (), tl.arange(0, 32)
+    some = lane // 4 // E % P * N + lane % 4 * E + lane // 4 % E
+    dq, dk, value, step, dv, ddt = dq + some, dk + some, v + mine, dt + mine, dv + mine, ddt + mine
+    q, k, v, dt, dy = q + wide, k + wide, v + d, dt + d, dy + d
     for i in tl.static_range(C):
-        x, u, key = _token(v, dt, k + n, i, True, live, D, N)
+        x, u, key = _token(v, dt, k, i, True, live, D, N)
         seen += ((x, u, key, tl.load(dy + i * D, mask=live, other=0.0)),)
-    h = tl.load(state, mask=live, other=0.0).to(tl.float32)
+    h, parts = _saved(state, live, D, N), ()
     for i in tl.static_range(C):
         x, u, key, dout = seen[i]
-        kept += (tl.exp2(x * rate) * h,)
-        h = kept[i] + x * u.to(tl.float32) * key.to(tl.float32)
-        tl.store(dq + i * N + wide, _over_channels(dout.to(tl.float32) * h))
-    ahead = _again(q + wide, k + n, v, dt, dy, C - 1, live, D, N)
+        kept += (h,)
+        h = tl.exp2(x * rate) * h + x * u.to(tl.float32) * key.to(tl.float32)
+        parts += over_channels(dout.to(tl.float32) * h, lane)
+        if i % P == P - 1:
+            tl.store(dq + (i - P + 1) * N, over_tokens(parts, lane, E))
+            parts = ()
+    ahead = _again(q, k, v, dt, dy, C - 1, live, D, N)
     for i in tl.static_range(C - 1, -1, -1):
-        now = ahead
+        now, h = ahead, kept[i]
         if i > 0:                       # a token ahead, for stores hold back what is read after them
-            ahead = _again(q + wide, k + n, v, dt, dy, i - 1, live, D, N)
-        flow, slowed = _gradients(now, kept[i], flow, slowed, rate, dk + i * N + wide, dv + i * D, ddt + i * D, live)
+            ahead = _again(q, k, v, dt, dy, i - 1, live, D, N)
+        else:                           # rather than kept: registers are full
+            h = _saved(state, live, D, N)
+        flow, slowed, part = _gradients(now, h, flow, slowed, rate, step + i * D, value + i * D, dv + i * D,
+                                        ddt + i * D, lane, alive)
+        parts = part + parts
+        if i % P == 0:
+            tl.store(dk + i * N, over_tokens(parts, lane, E))
+            parts = ()
     return flow, slowed
 
 
 @triton.jit
-def _tokens(state, flow, slowed, rate, q, k, v, dt, start, dy, dq, dk, dv, ddt, n, live, count, D: tl.constexpr,
-            N: tl.constexpr):
+def _tokens(state, flow, slowed, rate, q, k, v, dt, start, dy, dq, dk, dv, ddt, n, d, mine, live, alive, count,
+            D: tl.constexpr, N: tl.constexpr):
     """`count` tokens in which documents begin, each one's state formed from the first on: slow, and small."""
-    wide = _wide(n, N)
+    E: tl.constexpr = N // 4
+    wide, lane = _wide(n, N), tl.arange(0, 32)
+    some = lane % 4 * E + lane // 4 % E
     for m in range(count):
-        i, h = count - 1 - m, tl.load(state, mask=live, other=0.0).to(tl.float32)
+        i, h = count - 1 - m, _saved(state, live, D, N)
         for j in range(i):
-            x, u, key = _token(v, dt, k + n, j, True, live, D, N)
+            x, u, key = _token(v + d, dt + d, k + wide, j, True, live, D, N)
             h = tl.where(tl.load(start + j) != 0, 0.0, h)
             h = tl.exp2(x * rate) * h + x * u.to(tl.float32) * key.to(tl.float32)
-        token, fresh = _again(q + wide, k + n, v, dt, dy, i, live, D, N), tl.load(start + i) != 0
+        token, fresh = _again(q + wide, k + wide, v + d, dt + d, dy + d, i, live, D, N), tl.load(start + i) != 0
         x, u, key, _, dout = token
-        kept = tl.exp2(x * rate) * tl.where(fresh, 0.0, h)
-        h = kept + x * u.to(tl.float32) * key.to(tl.float32)
-        tl.store(dq + i * N + wide, _over_channels(dout.to(tl.float32) * h))
-        flow, slowed = _gradients(token, kept, flow, slowed, rate, dk + i * N + wide, dv + i * D, ddt + i * D, live)
+        h = tl.where(fresh, 0.0, h)
+        after = tl.exp2(x * rate) * h + x * u.to(tl.float32) * key.to(tl.float32)
+        tl.store(dq + i * N + some, over_tokens(over_channels(dout.to(tl.float32) * after, lane), lane, E))
+        at = i * D + mine
+        flow, slowed, part = _gradients(token, h, flow, slowed, rate, dt + at, v + at, dv + at, ddt + at, lane, alive)
+        tl.store(dk + i * N + some, over_tokens(part, lane, E))
         flow = tl.where(fresh, 0.0, flow)
     return flow, slowed
-
-
-@triton.jit
-def _borders(start, c, T, C: tl.constexpr):
-    """Where documents begin in chunk c; tokens beyond the row stand for documents."""
-    t = c * C + tl.arange(0, C)
-    return tl.load(start + t, mask=(t >= 0) & (t < T), other=1)
 
 
 @triton.jit(do_not_specialize=["T", "per"])
@@ -231,21 +299,23 @@ def _backward(q, k, v, dt, A, start, states, dy, dh1, ends, spans, dq, dk, dv, d
     for m in range(segments - 1 - s):
         flow = _fold(flow, ends, spans, b * segments + segments - 1 - m, d, tile, rate, live, D, N)
     slowed, start, first = tl.zeros_like(rate), start + b * T, s * per
+    _, mine, alive = _mine(D, R)
+    entry = (tl.arange(0, 4) * (N // 4))[None, None, :, None]
     many = tl.minimum(first + per, chunks) - first
     borders = _borders(start, first + many - 1, T, C)
     for j in range(many):
         c = tl.cast(first + many - 1 - j, tl.int64)
-        t, at, state = c * C, b * T + c * C, states + ((b * chunks + c) * N + n) * D + d
-        plain = tl.max(borders.to(tl.int32)) == 0
+        t, at, state = c * C, b * T + c * C, states + ((b * chunks + c) * N + entry) * D + d
+        plain = tl.max(borders) == 0
         borders = _borders(start, c - 1, T, C)
         if plain:
-            flow, slowed = _chunk(state, flow, slowed, rate, q + at * N, k + at * N, v + at * D + d, dt + at * D + d,
-                                  dy + at * D + d, dq + (part + t) * N, dk + (part + t) * N, dv + at * D + d,
-                                  ddt + at * D + d, n, live, D, N, C)
+            flow, slowed = _chunk(state, flow, slowed, rate, q + at * N, k + at * N, v + at * D, dt + at * D,
+                                  dy + at * D, dq + (part + t) * N, dk + (part + t) * N, dv + at * D,
+                                  ddt + at * D, n, d, mine, live, alive, D, N, C)
         else:
-            flow, slowed = _tokens(state, flow, slowed, rate, q + at * N, k + at * N, v + at * D + d, dt + at * D + d,
-                                   start + t, dy + at * D + d, dq + (part + t) * N, dk + (part + t) * N,
-                                   dv + at * D + d, ddt + at * D + d, n, live, tl.minimum(C, T - t), D, N)
+            flow, slowed = _tokens(state, flow, slowed, rate, q + at * N, k + at * N, v + at * D, dt + at * D,
+                                   start + t, dy + at * D, dq + (part + t) * N, dk + (part + t) * N,
+                                   dv + at * D, ddt + at * D, n, d, mine, live, alive, tl.minimum(C, T - t), D, N)
     tl.store(dA + (b * segments + s) * D * N + tile, slowed, mask=live)
     if s == 0:
         tl.store(dh0 + b * D * N + tile, flow, mask=live)
@@ -276,7 +346,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tenso
     for alone in ((True, False) if segments > 1 else (False,)):
         _forward[blocks, B, segments - alone](q, k, v, dt, A, start.view(torch.uint8), h, ends, spans, y, states, h1, T,
                                               per, segments, D, N, C, R, min(group, C), save and not alone, alone,
-                                              num_warps=1)
+                                              num_warps=1, maxnreg=128)         # 16 warps a processor
     return y, h1, states
 
 
