@@ -34,6 +34,7 @@ class Compiled(NamedTuple):
     spills: int             # loads from and stores to local memory, counted in the machine code
     shared: int             # bytes
     repeated: int           # products whose rows are computed twice
+    powers: int             # of two, formed element by element, that the machine code writes out
     hazards: list[str]      # what the compilers are known to get wrong
 
 
@@ -75,7 +76,8 @@ def measure(name: str, said: dict[str, Any], made: Any) -> Compiled:
     assert registers is not None, usage
     return Compiled(name, " ".join(f"{k}={v}" for k, v in said.items()), int(registers[1]),
                     len(re.findall(r"\b(?:LDL|STL)\b", code)), made.metadata.shared,
-                    hazards.repeated(made.asm["ttgir"]), hazards.hazards(made.asm["ttgir"], code))
+                    hazards.repeated(made.asm["ttgir"]), code.count("MUFU.EX2"),
+                    hazards.hazards(made.asm["ttgir"], code))
 
 
 if __name__ == "__main__":

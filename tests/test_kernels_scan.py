@@ -122,6 +122,14 @@ def test_kernels_fit_a_hopper_gpu():
         assert one["shared"] <= 4096, one                    # blocks of one warp: many a processor
 
 
+def test_the_backward_pass_forms_a_power_twice_a_token_and_entry():
+    """By 8 tokens, and some where documents begin and segments meet. States laid out in two ways took 24 and more."""
+    for one in compiled("scan"):
+        if one["kernel"] == "_backward":
+            entries = 16 if "N=16" in one["constants"] else 8
+            assert one["powers"] <= 20 * entries, one
+
+
 # On a GPU
 
 def large(begins: str, D: int = 512, N: int = 16, B: int = 2) -> dict[str, Tensor]:
