@@ -29,7 +29,7 @@ HALF: dict[str, tuple[Tiles, ...]] = {
     "forward": (Tiles(64, 4, 2), Tiles(32, 4, 2), Tiles(64, 4, 3)),
     "two": (Tiles(64, 8, 2), Tiles(64, 8, 3)),
     "reverse": (Tiles(64, 4, 3), Tiles(64, 4, 2), Tiles(32, 4, 3)),
-    "gradients": (Tiles(64, 8, 3), Tiles(64, 8, 2), Tiles(32, 8, 2))}
+    "gradients": (Tiles(64, 8, 2), Tiles(64, 8, 3), Tiles(32, 8, 2))}
 SINGLE = Tiles(32, 8, 1)               # right, not fast: products of fp32 take three passes
 
 
