@@ -35,7 +35,9 @@ _round = itertools.count()          # a store outlives a run in tests
 class Stop:
     """The end that a signal asks for. Signals that come before `meet` are kept until then, if only all ranks come."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] = lambda why: None) -> None:
+        """`tell` hears why this process ends, where that is not in an exception."""
+        self.tell = tell
         self.asked = ""                                    # the signal's name, and whose it was if another rank's
         self.rank = self.begun = self.last = 0             # last: step of the run, once it is known
         self.lost = ""                                     # why it will never be
@@ -60,9 +62,9 @@ class Stop:
         self.met.set()
         self.threads.append(self._thread(self._answer, theirs))
 
-    def follow(self, parent: int, what: str, tell: Callable[[str], None]) -> None:
-        """End this process soon after its launcher, process `parent`; `what` says who is gone, and `tell` hears it."""
-        self.threads.append(self._thread(self._follow, parent, what, tell))
+    def follow(self, parent: int, what: str) -> None:
+        """End this process soon after its launcher, process `parent`; `what` says who is gone."""
+        self.threads.append(self._thread(self._follow, parent, what))
 
     def may_begin(self, step: int) -> bool:
         """Whether the run goes on with `step`. When somebody has asked it to stop, wait until all have answered."""
@@ -102,17 +104,17 @@ class Stop:
                     name = signal.Signals(number[0]).name
                     self.asked = self.asked or name
                     if not self.came.wait(COMING):
-                        _leave(f"{name} asks the run to stop, and not all of its ranks have come")
+                        _leave(f"{name} asks the run to stop, and not all of its ranks have come", self.tell)
                     self.met.wait()
                     self._ask(0, f"{name} to rank {self.rank}" if self.rank else name)    # who asks the others
                     self._ask(self.rank, name)                      # rank 0 may have come to its end
 
-    def _follow(self, parent: int, what: str, tell: Callable[[str], None]) -> None:
+    def _follow(self, parent: int, what: str) -> None:
         while os.getppid() == parent:
             if self.over.wait(LOOK):
                 return
         if not (self.asked and self.over.wait(PATIENCE.total_seconds())):      # a signal to both: it may be saving
-            _leave(what, tell)
+            _leave(what, self.tell)
 
     def _ask(self, rank: int, word: str) -> None:
         if self.store is not None:
@@ -160,7 +162,7 @@ def _deafen() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _leave(why: str, tell: Callable[[str], None] = lambda why: None) -> None:
+def _leave(why: str, tell: Callable[[str], None]) -> None:
     """End this process, whatever it waits for."""
     with contextlib.suppress(OSError):
         os.write(2, f"stepladder: {why}\n".encode())

@@ -329,10 +329,10 @@ def run(args: argparse.Namespace) -> int:
         _claim(folder)
     device, minutes = w.device(config.derived(chosen, w.size).device), chosen.train.collective_minutes
     events = Events(folder, w.rank)
-    with Lock(folder) if w.main else contextlib.nullcontext(), events.faults(), contextlib.closing(Stop()) as stop:
+    with (Lock(folder) if w.main else contextlib.nullcontext(), events.faults(),
+          contextlib.closing(Stop(events.fault)) as stop):
         if w.launcher in world.PARENTS:
-            stop.follow(args.parent, f"{w.launcher}, which started rank {w.rank}, is gone; start the run again",
-                        events.fault)
+            stop.follow(args.parent, f"{w.launcher}, which started rank {w.rank}, is gone; start the run again")
         events.begin()
         store = w.meet()
         if store is not None:

@@ -12,10 +12,10 @@ import pytest
 import ranks
 from test_resume import EVERY, STEPS, folder, records, train  # noqa: F401  the fixture: shards and run.toml
 
-from stepladder.launch import cli, events
+from stepladder.launch import cli, events, stop, world
 from stepladder.launch.stop import Stop
 from stepladder.parallel.optimizer import Optimizer, Report
-from stepladder.parallel.watch import LostRank
+from stepladder.parallel.watch import EXIT, LostRank
 
 
 def at_step(n: int, do: Callable[[], object]) -> None:
@@ -36,11 +36,11 @@ def signalled(rank: int, n: int, config: Path, run: Path, to: int, numbers: list
     (run.parent / f"pid-{rank}").write_text(str(os.getpid()))
     meet = Stop.meet
 
-    def strike(stop: Stop) -> None:
+    def strike(of: Stop) -> None:
         time.sleep(0.3)
         for number in numbers:
             os.kill(int((run.parent / f"pid-{to}").read_text()), number)
-        assert stop.known.wait(10)
+        assert of.known.wait(10)
 
     def met(self: Stop, *args: Any) -> None:
         meet(self, *args)
@@ -91,6 +91,28 @@ def test_a_signal_while_torch_is_imported_stops_the_run_after_its_first_step(fol
     assert process.exitcode == 0
     assert (run / "unfinished").read_text() == "stopped by SIGTERM at step 1\n"
     assert list(records(run)) == [1]
+
+
+def signalled_alone(config: Path, run: Path) -> None:
+    """Trains as rank 0 of two; the other never comes, and then the signal does."""
+    def meet(self: world.World) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    stop.COMING, world.World.meet = 0.2, meet  # pyright: ignore[reportAttributeAccessIssue]
+    train(config, run)
+
+
+def test_a_start_that_a_signal_ends_before_all_have_come_says_so(folder, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    process = ranks.process(signalled_alone, folder / "run0.toml", run)
+    process.start()
+    process.join(20)
+    assert process.exitcode == EXIT
+    assert not (run / ".untold").exists()                 # or the next start would call this one killed
+    assert [e["error"] for e in events.read(run)] == [
+        "SIGTERM asks the run to stop, and not all of its ranks have come"]
 
 
 def killed(rank: int, n: int, config: Path, run: Path) -> bool:

@@ -114,22 +114,24 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_rank_that_is_to_stop_does_not_wait_for_those_that_never_come(ended, capfd, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stop, "COMING", 0.1)
-    early = Stop()
+    told: list[str] = []
+    early = Stop(told.append)
     ask(early, signal.SIGTERM)
     time.sleep(0.5)
     early.close()
     assert ended == [EXIT]
-    assert capfd.readouterr().err == "stepladder: SIGTERM asks the run to stop, and not all of its ranks have come\n"
+    assert told == ["SIGTERM asks the run to stop, and not all of its ranks have come"]
+    assert capfd.readouterr().err == f"stepladder: {told[0]}\n"
 
 
 @pytest.mark.parametrize(("stays", "saves", "codes"), [(True, False, []), (False, False, [EXIT]), (False, True, [])])
 def test_a_rank_ends_with_its_launcher_unless_it_is_about_to(ended, capfd, monkeypatch: pytest.MonkeyPatch, stays: bool,
                                                              saves: bool, codes: list[int]):
     told: list[str] = []
-    parent, one = os.getppid(), Stop()
+    parent, one = os.getppid(), Stop(told.append)
     one.meet(None, 0, 1, 1)
     one.asked = "SIGTERM" if saves else ""
-    one.follow(parent, "torchrun is gone", told.append)
+    one.follow(parent, "torchrun is gone")
     if not stays:
         monkeypatch.setattr(os, "getppid", lambda: 1)
     time.sleep(0.3)
