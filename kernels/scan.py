@@ -22,10 +22,8 @@ from torch import Tensor
 from stepladder.kernels.lanes import over_channels, over_entries, over_tokens
 from stepladder.kernels.tiles import LOG2E, cdiv, processors, split
 
-# (R, tokens loaded together) forward, and tokens between saved states, which are also those that the backward pass has
-# in registers.
-FORWARD: dict[str, tuple[tuple[int, int], ...]] = {"scan": ((4, 4),)}
-BACKWARD: dict[str, tuple[int, ...]] = {"scan": (8,)}
+CHANNELS, GROUP = 4, 4    # forward: channels of a lane (R), tokens loaded together
+SAVED = 8                 # tokens between saved states, which are also those that the backward pass has in registers
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -321,31 +319,25 @@ def _backward(q, k, v, dt, A, start, states, dy, dh1, ends, spans, dq, dk, dv, d
         tl.store(dh0 + b * D * N + tile, flow, mask=live)
 
 
-def chunk() -> int:
-    """Tokens between saved states."""
-    return BACKWARD["scan"][0]
-
-
 def cut(v: Tensor, R: int, warps: int, segments: int) -> tuple[int, int, int]:
     """Blocks of channels, chunks of a segment, segments; these as asked, or until processors have `warps` each."""
     B, T, D = v.shape
-    blocks, chunks = cdiv(D, 8 * R), cdiv(T, chunk())
+    blocks, chunks = cdiv(D, 8 * R), cdiv(T, SAVED)
     return blocks, *split(chunks, segments or min(chunks // 32, warps * processors(v) // (B * blocks)))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor, save: bool,
             segments: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """y, the state after the last token and, if they are to be saved, those before each chunk (B, T / C, N, D)."""
-    (B, T, D), N, C = v.shape, A.shape[1], chunk()
-    wanted, group = FORWARD["scan"][0]
-    R = min(wanted, 64 // N)            # 16 entries of states a thread; backward, those of 8 tokens fill its registers
+    (B, T, D), N, C = v.shape, A.shape[1], SAVED
+    R = min(CHANNELS, 64 // N)      # 16 entries of states a thread; backward, those of 8 tokens fill its registers
     blocks, per, segments = cut(v, R, 16, segments)
     y, h1 = torch.empty_like(v), torch.empty_like(h)
     states = v.new_empty(B, cdiv(T, C), N, D) if save else v.new_empty(0)
     ends, spans = h.new_empty(B, segments, D, N), h.new_empty(B, segments, D)
     for alone in ((True, False) if segments > 1 else (False,)):
         _forward[blocks, B, segments - alone](q, k, v, dt, A, start.view(torch.uint8), h, ends, spans, y, states, h1, T,
-                                              per, segments, D, N, C, R, min(group, C), save and not alone, alone,
+                                              per, segments, D, N, C, R, min(GROUP, C), save and not alone, alone,
                                               num_warps=1, maxnreg=128)         # 16 warps a processor
     return y, h1, states
 
@@ -353,7 +345,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tenso
 def backward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, states: Tensor, dy: Tensor,
              dh: Tensor, segments: int = 0) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, dt, A and the state before the first token."""
-    (B, T, D), N, C = v.shape, A.shape[1], chunk()
+    (B, T, D), N, C = v.shape, A.shape[1], SAVED
     R = 4 if N <= 16 else 1
     blocks, per, segments = cut(v, R, 8, segments)
     ends, spans, fresh = dh.new_empty(B, segments, D, N), dh.new_empty(B, segments, D), start.view(torch.uint8)

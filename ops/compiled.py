@@ -13,7 +13,8 @@ def compiled(f: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]
     """f, compiled when it is first called, once a process.
 
     Every shape gets code of its own, so that what a step computes does not depend on the shapes that came before it,
-    and a resumed run repeats it; dynamic: for small code that meets new sizes all the time.
+    and a resumed run repeats it, up to 64 of them: then torch goes on uncompiled, and warns. dynamic: for small code
+    that meets new sizes all the time.
     """
     allow_variants()
     return torch.compile(f, dynamic=dynamic)

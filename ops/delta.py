@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stepladder.ops.chunks import check, cut, decay, join, share
-from stepladder.ops.kernels import runs
+from stepladder.ops.kernels import runs, unsound
 from stepladder.ops.linear import promote
 from stepladder.ops.step import matrix, steps
 
@@ -74,8 +74,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: 
     T, K, V = v.shape[1], k.shape[3], v.shape[3]
     if steps(v, S, K, q, k, g, beta):
         return matrix(q, k, v, g, beta, start, S), S
-    # In fp32 ptxas 12.8 forms addresses of some launches' operands from wrong registers (tests/hazards.py).
-    if T != 1 and runs("delta", v, dtype, f"{dtype}" if dtype == torch.float32 else None,
+    if T != 1 and runs("delta", v, dtype, unsound(dtype),
                        None if K in SIZES and V in SIZES else f"keys of {K} and values of {V}; sizes are {SIZES}"):
         return fused(q.to(dtype), k.to(dtype), v.to(dtype), g, beta, start, S)
     q, k, v = promote(q), promote(k), promote(v)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepladder.ops.kernels import runs
+from stepladder.ops.kernels import runs, unsound
 from stepladder.ops.linear import promote
 from stepladder.ops.step import matrix, steps
 
@@ -105,7 +105,7 @@ def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) ->
     if T != 1 and runs("gla", v, v.dtype,
                        None if K in KEYS else f"keys of {K}; sizes are {KEYS}",
                        None if V in VALUES else f"values of {V}; sizes are {VALUES}",
-                       None if v.dtype.itemsize == 2 else f"{v.dtype}, of which ptxas 12.8 makes wrong code"):
+                       unsound(v.dtype)):
         return fused(q, k, v, g, start, S, K**-0.5)
     form = recurrent if T == 1 else chunked
     return form(promote(q) * K**-0.5, promote(k), promote(v), g, start, S)

@@ -111,7 +111,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tens
 def _(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tensor, h: Tensor, save: bool,
       segments: int) -> tuple[Tensor, Tensor, Tensor]:
     B, T, D = v.shape
-    states = v.new_empty(B, -(-T // kernels.chunk()), A.shape[1], D) if save else v.new_empty(0)
+    states = v.new_empty(B, -(-T // kernels.SAVED), A.shape[1], D) if save else v.new_empty(0)
     return torch.empty_like(v), torch.empty_like(h), states
 
 

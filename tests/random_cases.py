@@ -223,12 +223,12 @@ FAMILIES: dict[str, Callable[..., Case]] = {"gla": gla_case, "delta": delta_case
 def builds() -> Iterator[Build]:
     """What is compiled: on a GPU each of them takes some seconds, once."""
     rows, lengths = cycle(["short", "long", "segments", "even"]), cycle([99, 1, 2])
-    of_gla = TYPES if INTERPRET else TYPES[:2]          # fp32 takes the torch form there: ops/gla.py
-    for (K, V, H), dtype, _ in product(SIZES["gla"], of_gla, range(2)):
+    by_products = TYPES if INTERPRET else TYPES[:2]     # fp32 takes the torch form there: ops/kernels.py
+    for (K, V, H), dtype, _ in product(SIZES["gla"], by_products, range(2)):
         yield Build("gla", dtype, {"K": K, "V": V, "H": H, "rows": next(rows)})
-    for (K, V, H, G), dtype, gated in product(SIZES["delta"], TYPES, (True, False)):
+    for (K, V, H, G), dtype, gated in product(SIZES["delta"], by_products, (True, False)):
         yield Build("delta", dtype, {"K": K, "V": V, "H": H, "G": G, "gated": gated, "length": next(lengths)})
-    for (K, V, H, G), dtype in product(SIZES["ssd"], TYPES):
+    for (K, V, H, G), dtype in product(SIZES["ssd"], by_products):
         yield Build("ssd", dtype, {"K": K, "V": V, "H": H, "G": G})
     for (D, N), dtype in product(SIZES["scan"], TYPES):
         yield Build("scan", dtype, {"D": D, "N": N})

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.leaf import Leaf, constant, normal
@@ -154,7 +153,8 @@ class Experts(Leaf):
         """rows (N, D) sorted by expert, counts (its experts,) -> (N, D) in the same order."""
         if self.engine == "loop" or not experts.can_group(rows, self.hidden):
             return experts.loop(rows, counts, self.up, self.gate, self.down)
-        between = compiled(experts.gated, dynamic=True) if self.compiled else experts.gated     # N is never the same
+        # Dynamic: where rows come from other ranks, N is another every time.
+        between = compiled(experts.gated, dynamic=True) if self.compiled else experts.gated
         return experts.grouped(rows, counts, self.up, self.gate, self.down, between)
 
 
@@ -215,7 +215,8 @@ class Mixer(ChannelMixer):
         """The experts' rows, sorted by expert, and the shared expert's output, which is made while they travel."""
         shared = None
         if self.spec.shared:
-            shared = linear(F.silu(linear(x, self.shared_gate)) * linear(x, self.shared_up), self.shared_down)
+            gated = self.fast(experts.gated)
+            shared = linear(gated(linear(x, self.shared_gate), linear(x, self.shared_up)), self.shared_down)
         return self.experts(way.rows.wait(), way.counts), shared
 
     def deliver(self, y: tuple[Tensor, Tensor | None], plan: Plan) -> Pending:

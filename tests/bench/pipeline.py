@@ -77,7 +77,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="gloo and a tiny model")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, help="a row; a micro-batch is two rows")
-    parser.add_argument("--schedules", nargs="+", default=[name for name, _ in LAYOUTS])
+    names = [*dict.fromkeys(name for name, _ in LAYOUTS)]
+    parser.add_argument("--schedules", nargs="+", default=names, choices=names)
     parser.add_argument("--draw", help="folder for a timeline of each schedule")
     args = parser.parse_args()
     args.tokens = args.tokens or (32 if args.cpu else 4096)

@@ -37,6 +37,7 @@ from stepladder.parallel.optimizer import Optimizer
 from stepladder.parallel.pipeline import Micro
 from stepladder.parallel.support import Parallel
 
+KINDS = "ep", "pregated", "fsdp"
 LAGS = {"standard": (0, 0), "ladder": (1, 1), "none": (0, 0)}
 
 
@@ -168,12 +169,14 @@ def rank(kind: str, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=["ep", "pregated", "fsdp"])
+    parser.add_argument("kinds", nargs="*", default=[*KINDS], help=", ".join(KINDS))
     parser.add_argument("--small", action="store_true", help="a toy, to try this script")
     parser.add_argument("--rows", type=int, default=4, help="of 2048 tokens a GPU, for ep and pregated")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="GPUs")
     parser.add_argument("--trace", default="", help="a file for Chrome's tracing, KIND and SIDE in its name replaced")
     args = parser.parse_args()
+    if unknown := {*args.kinds} - {*KINDS}:             # choices would refuse the default of nargs="*"
+        parser.error(f"kinds are {', '.join(KINDS)}, not {', '.join(unknown)}")
     if "RANK" in os.environ:
         return rank(args.kinds[0], args)
     have = torch.cuda.device_count() or 2
