@@ -25,9 +25,9 @@ import torch.distributed as dist
 from stepladder.parallel.watch import EXIT, TELL, LostRank, listed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PATIENCE = timedelta(seconds=20)    # with threads that only have to answer; torchrun kills after 30
+PATIENCE = timedelta(seconds=20)    # with threads that only have to answer; torchrun and Slurm kill after 30
 EVER = timedelta(days=20)           # in milliseconds it must fit into 31 bits
-COMING = 60.0                       # seconds for ranks that are to stop to come together: imports are not equally fast
+COMING = 25.0                       # seconds for ranks that are to stop to come together: imports take unlike times
 LOOK = 1.0                          # seconds between two looks whether the launcher is there
 _round = itertools.count()          # a store outlives a run in tests
 

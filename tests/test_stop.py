@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import itertools
 import os
 import signal
@@ -13,6 +14,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import PContext
 
 from stepladder.launch import stop
 from stepladder.launch.stop import Stop
@@ -122,6 +124,10 @@ def test_a_rank_that_is_to_stop_does_not_wait_for_those_that_never_come(ended, c
     assert ended == [EXIT]
     assert told == ["SIGTERM asks the run to stop, and not all of its ranks have come"]
     assert capfd.readouterr().err == f"stepladder: {told[0]}\n"
+
+
+def test_who_is_missing_is_said_before_torchrun_kills():
+    assert inspect.signature(PContext.close).parameters["timeout"].default > stop.COMING
 
 
 @pytest.mark.parametrize(("stays", "saves", "codes"), [(True, False, []), (False, False, [EXIT]), (False, True, [])])
