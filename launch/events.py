@@ -6,7 +6,8 @@ there beforehand; whoever restarts jobs looks at it, not at exit codes, which la
 leaves the run as it was: its sentence is for whoever asked for it.
 
 Why a run ended can be said by any rank, as rank 0 may be the one that hangs or dies. RUN/.untold lies there while none
-has: who takes it away says it, the others are silent. A start that finds it knows that nobody had the time.
+has: who takes it away says it, the others are silent. A start that finds it knows that nobody had time. When nothing
+has refused the start rank 0 renames it to RUN/.begun: whoever takes it then knows, however far it has come itself.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FILE, MARKER, UNTOLD = "events.jsonl", "unfinished", ".untold"
+FILE, MARKER, UNTOLD, BEGUN = "events.jsonl", "unfinished", ".untold", ".begun"
 STARTING = "cut off while it started\n"      # a marker that is this start's own
 
 
@@ -25,14 +26,13 @@ class Events:
     """The events of one run, for every rank to call; only rank 0 writes, except for faults."""
 
     def __init__(self, run: Path, rank: int) -> None:
-        self.file, self.marker, self.untold = run / FILE, run / MARKER, run / UNTOLD
-        self.rank, self.main = rank, rank == 0
-        self.together = self.begun = False
+        self.file, self.marker, self.untold, self.begun = (run / name for name in (FILE, MARKER, UNTOLD, BEGUN))
+        self.rank, self.main, self.together = rank, rank == 0, False
 
     def begin(self) -> None:
         """Rank 0 holds the run folder; the other ranks may be anywhere."""
         if self.main:
-            if self.untold.exists():
+            if self._take():
                 self.add("fault", error="the start before this one ended without a word: it was killed, or its machine "
                                         "was lost")
             with contextlib.suppress(OSError):
@@ -41,12 +41,16 @@ class Events:
     def started(self) -> None:
         """All ranks are there: the run should be started again, unless a better word follows."""
         self.together = True
-        if self.main and not self.marker.exists():
+        if self.main and self.untold.exists() and not self.marker.exists():     # else it is over already
             self._mark(STARTING)
 
     def begins(self, event: str, **facts: Any) -> None:
         """Nothing refused the start: from here on what happens happens to the run. event: start or resume."""
-        self.begun = True
+        if self.main:
+            try:
+                self.untold.rename(self.begun)
+            except OSError:                           # another rank has said why it is over
+                return
         self.goes_on("cut off")
         self.add(event, **facts)
 
@@ -73,7 +77,7 @@ class Events:
         """The program comes to its end at `step`; `stopped` is the signal that asked for it."""
         self.add("end", step=step, saved=saved, **({"signal": stopped} if stopped else {}))
         if self.main:
-            self.untold.unlink(missing_ok=True)
+            self._take()
         if stopped or not saved:
             self.goes_on(f"stopped by {stopped} at step {step}" if stopped else f"step {step} was not saved")
         else:
@@ -87,17 +91,24 @@ class Events:
     def fault(self, why: str, again: bool = True) -> None:
         """The run is over on this rank, for the reason `why`; again: another start may mend it."""
         if self.main or self.together:
-            try:
-                self.untold.unlink()
-            except OSError:                           # another rank was the first
+            taken = self._take()
+            if taken is None:                         # another rank was the first
                 return
-            if again or self.begun:
+            begun, marked = taken == self.begun, self.marker.exists()
+            if again or begun:
                 self._write("fault", {"rank": self.rank, "error": why})
-            if not again and (self.begun or self._reads(STARTING)):
+            if again and self.together and not (begun or marked):     # rank 0 may not have come so far
+                self._mark(STARTING)
+            if not again and marked and (begun or self.marker.read_text() == STARTING):
                 self.marker.unlink(missing_ok=True)
 
-    def _reads(self, text: str) -> bool:
-        return self.marker.exists() and self.marker.read_text() == text
+    def _take(self) -> Path | None:
+        """The right to say why the run ended: the file that was taken away, if no other rank was the first."""
+        for file in (self.untold, self.begun):        # in this order, as one becomes the other
+            with contextlib.suppress(OSError):
+                file.unlink()
+                return file
+        return None
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:

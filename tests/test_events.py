@@ -169,7 +169,7 @@ def test_the_first_rank_that_says_why_a_run_ended_is_heard(tmp_path: Path, first
     for each in told:
         each.begin()
         each.started()
-        each.begins("start")
+    told[0].begins("start")                               # the other has not come so far
     told[first].fault("shard 7 is torn", again)
     told[1 - first].fault("lost another rank")
     assert [(e["event"], e.get("rank"), e.get("error")) for e in events.read(tmp_path)] == [
@@ -192,6 +192,19 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path, rank: 
     told[rank].fault("model.width: 16 and 32", again=False)
     told[1 - rank].fault("lost another rank")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"unfinished": marker} if marker else {})
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_what_another_rank_says_before_rank_0_has_come_so_far_holds(tmp_path: Path, again: bool):
+    main, other = (events.Events(tmp_path, rank) for rank in range(2))
+    main.begin()
+    other.started()
+    other.fault("GPU 3 is busy", again)
+    main.started()
+    main.begins("start")
+    main.fault("lost another rank")
+    assert [e["error"] for e in events.read(tmp_path)] == ["GPU 3 is busy"] * again
+    assert [path.name for path in tmp_path.glob("unfinished")] == ["unfinished"] * again
 
 
 def test_a_full_disk_costs_no_more_than_the_line(tmp_path: Path):
