@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if w.size % len(nodes):
         raise ValueError(f"the number of processes = {w.size} is not divisible by that of --nodes = {len(nodes)}; give "
                          "the names of all machines, and start as many processes on each")
-    if w.main and args.bad and not Path(args.bad).parent.is_dir():
+    if args.bad and not Path(args.bad).parent.is_dir():
         raise ValueError(f"--bad {args.bad}: there is no folder {Path(args.bad).parent}; make it, or give another file")
     each = w.size // len(nodes)
     told = "; ".join(faults(args, limit)) if w.rank % each == 0 else ""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_watch import ends
 
-from stepladder.launch import check, cli
+from stepladder.launch import check, cli, world
 
 SMI = """#!/bin/sh
 cat <<END
@@ -91,6 +91,12 @@ def test_what_cannot_be_checked_is_refused_before_work(monkeypatch, capsys, args
         code = ended.code
     assert code == 2
     assert says in capsys.readouterr().err
+
+
+def test_every_process_looks_for_the_folder_of_bad_as_the_others_would_wait_for_one_that_is_refused(monkeypatch):
+    monkeypatch.setattr(world, "find", lambda: world.World(1, 2))
+    monkeypatch.setattr(world.World, "meet", lambda *_, **__: pytest.fail("it would have waited"))
+    assert cli.main(["check", "--nodes", "n1", "n2", "--bad", "no/such/file"]) == 2
 
 
 def looks(rank: int, n: int, bad: Path, crime: str) -> None:
