@@ -50,7 +50,7 @@ def plot(runs: Sequence[Path], out: Path) -> None:
 def names(runs: Sequence[Path]) -> list[str]:
     """Of each folder's path so much of the end as no other has."""
     paths = [path.resolve().parts for path in runs]
-    return [next("/".join(p[-n:]) for n in range(1, len(p) + 1) if all(q == p or q[-n:] != p[-n:] for q in paths))
+    return [next(str(Path(*p[-n:])) for n in range(1, len(p) + 1) if all(q == p or q[-n:] != p[-n:] for q in paths))
             for p in paths]
 
 

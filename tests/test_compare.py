@@ -27,6 +27,7 @@ def test_runs_of_one_name_are_told_apart_by_the_folders_that_hold_them(tmp_path,
     assert capsys.readouterr().out.split("\n")[0].split() == [f"{long}1/x/run", f"{long}2/x/run", "other"]
     assert plot.names([runs[0], runs[2]]) == ["run", "other"]
     assert plot.names([runs[2], runs[2]]) == ["other", "other"]
+    assert plot.names([Path("/b"), Path("/a/b")]) == ["/b", "a/b"]
 
 
 def test_equal_runs_are_said_to_be_equal_bit_by_bit(tmp_path, capsys):
