@@ -3,7 +3,8 @@
 The marker stands for as long as the run should be started again: from its first step until it is finished, stopped by
 --steps-now, or failed by something that would fail again. A process that is killed has no time to leave one, so it is
 there beforehand; whoever restarts jobs looks at it, not at exit codes, which launchers make up. A start that is refused
-leaves the run as it was: its sentence is for whoever asked for it.
+leaves the run as it was, with the marker of an older one: its sentence is for whoever asked for it, and a file that the
+job's script names in STEPLADDER_REFUSED is for that script.
 
 Why a run ended can be said by any rank, as rank 0 may be the one that hangs or dies. RUN/.untold lies there while none
 has: who takes it away says it, the others are silent. A start that finds it knows that nobody had time. When nothing
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,26 @@ class Events:
         try:
             yield
         except BaseException as error:
-            ours = isinstance(error, ValueError) or type(error).__module__.startswith("stepladder.")
-            self.fault(str(error) or type(error).__name__, again=not ours or getattr(error, "passing", False))
+            self.fault(str(error) or type(error).__name__, _passing(error))
             raise
+
+
+@contextlib.contextmanager
+def refusals(word: Callable[[], Path | None]) -> Iterator[None]:
+    """Leave the file `word()`, for the script of a job, when what is raised within would be raised again."""
+    try:
+        yield
+    except BaseException as error:
+        if (file := word()) and not _passing(error):
+            with contextlib.suppress(OSError):
+                file.touch()
+        raise
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether another start may mend it."""
+    ours = isinstance(error, ValueError) or type(error).__module__.startswith("stepladder.")
+    return not ours or getattr(error, "passing", False)
 
 
 def read(run: Path) -> list[dict[str, Any]]:

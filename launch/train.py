@@ -18,7 +18,7 @@ import torch.distributed as dist
 from stepladder.data import loader as data
 from stepladder.data.fetch import Limits
 from stepladder.launch import agree, config, hardware, rules, timeline, world
-from stepladder.launch.events import Events
+from stepladder.launch.events import Events, refusals
 from stepladder.launch.log import Log
 from stepladder.launch.stop import Stop
 from stepladder.model.context import borders
@@ -313,6 +313,7 @@ def _table(run: config.Run) -> dict[str, Any]:
     return tomllib.loads(config.dump(run))
 
 
+@refusals(world.refusal)
 def run(args: argparse.Namespace) -> int:
     """The program: `stepladder train`."""
     w = world.find()

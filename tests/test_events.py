@@ -207,6 +207,17 @@ def test_what_another_rank_says_before_rank_0_has_come_so_far_holds(tmp_path: Pa
     assert [path.name for path in tmp_path.glob("unfinished")] == ["unfinished"] * again
 
 
+def test_the_script_of_a_job_learns_of_a_start_that_would_be_refused_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("STEPLADDER_REFUSED", str(told := tmp_path / "refused"))
+    with pytest.raises(LostRank), events.refusals(world.refusal):
+        raise LostRank("rank 0 lost the others")
+    assert not told.exists()
+    (tmp_path / "run.toml").write_text("[model]\nwitdh = 64\n")
+    assert train(tmp_path / "run.toml", tmp_path / "run") == 2
+    assert told.exists()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_costs_no_more_than_the_line(tmp_path: Path):
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     (tmp_path / "unfinished").symlink_to("/dev/full")

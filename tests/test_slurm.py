@@ -96,10 +96,11 @@ SAVED = "mkdir -p checkpoints/step-0000000$n"
     ("exit 3", 0, "over, with code "),
     (f"{UNFINISHED}; exit 70", 1, "not started again: no checkpoint since restart 1"),
     (f"{UNFINISHED}; {SAVED}", 1, "not started again: it was restarted 1 times, and RESTARTS = 1"),
-], ids=["finished", "no progress", "cap"])
+    (f"{UNFINISHED}; touch $STEPLADDER_REFUSED; exit 2", 0, "not started again: it would be refused again; "),
+], ids=["finished", "no progress", "cap", "refused"])
 def test_the_marker_decides_on_a_restart_and_the_exit_code_does_not(nodes, job, tmp_path, program, restarts, says):
     number = job(program, RESTARTS="1" if "RESTARTS" in says else "9")
-    nodes.wait(number, "FAILED" if "exit 3" in program or "exit 70" in program else "COMPLETED", 30)
+    nodes.wait(number, "FAILED" if "exit" in program else "COMPLETED", 30)
     assert nodes.job(number)["Restarts"] == str(restarts)
     log = (tmp_path / "log").read_text()
     assert says in log.splitlines()[-1]
