@@ -23,7 +23,9 @@ from torch import Tensor
 
 from stepladder.kernels.tiles import LOG2E, cdiv, dot
 
-LIMIT = {torch.bfloat16: 64, torch.float32: 16, torch.float16: 8}   # log2 of a factor: fp16 ends at 16, fp32 is precise
+# log2 of a factor: fp16 ends at 16, fp32 is precise. Models compute by kernels in 16 bits alone (ops/kernels.py); fp32
+# is for the interpreter, which rounds bf16 wrongly.
+LIMIT = {torch.bfloat16: 64, torch.float32: 16, torch.float16: 8}
 
 
 @triton.jit

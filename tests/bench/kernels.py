@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from timing import milliseconds, peak
 from torch import Tensor
 from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
@@ -166,33 +167,6 @@ def calls(case: Case, f: Callable[..., Any]) -> tuple[Callable[[], Any], Callabl
     return lambda: f(**leaves), both
 
 
-@cache
-def other() -> Tensor:
-    return torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-
-
-def milliseconds(f: Callable[[], Any]) -> float:
-    """Of f on the GPU, with a cold cache: some 4 ms of other work before it, in which the host gets ahead."""
-    for _ in range(12):
-        other().zero_()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    f()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def peak(f: Callable[[], Any]) -> float:
-    """MiB above what is there already."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    f()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
 def rows(case: Case, repeats: int) -> Iterator[tuple[str, float, float, float, float]]:
     """(whose, first call s, forward ms, forward + backward ms, peak MiB), the sides taking turns."""
     runs, first = {}, {}
@@ -217,7 +191,7 @@ def rows(case: Case, repeats: int) -> Iterator[tuple[str, float, float, float, f
                 if i >= 3:
                     times.append(took)
     for name, (forward, both) in taken.items():
-        yield name, first[name], median(forward), median(both), peak(runs[name][1])
+        yield name, first[name], median(forward), median(both), peak(runs[name][1]) / 2**20
 
 
 def choices(case: Case) -> Iterator[str]:

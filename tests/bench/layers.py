@@ -15,12 +15,12 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
 from importlib.util import find_spec
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from timing import milliseconds, peak
 from torch import Tensor, nn
 
 from stepladder.model.config import BlockConfig, ModelConfig
@@ -40,6 +40,7 @@ class Sizes(NamedTuple):
 
 
 BIG, SMALL = Sizes(2048, 16, 128), Sizes(64, 2, 32)
+AHEAD = 24                    # some 8 ms, in which the host calls all of a layer
 SHAPES = ("8x2048", "4x8192", "1x32768")
 
 
@@ -110,39 +111,6 @@ def sides(kind: str, B: int, T: int, sizes: Sizes, device: torch.device, peer: b
     yield side("ours", layer_ours, forward(layer_ours, B, T, device), x)
 
 
-@cache
-def other() -> Tensor:
-    return torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-
-
-def milliseconds(f: Callable[[], Any], device: torch.device) -> float:
-    """Of f; on a GPU there are some 8 ms of other work before it, in which the host gets ahead."""
-    if device.type == "cpu":
-        began = time.perf_counter()
-        f()
-        return (time.perf_counter() - began) * 1e3
-    for _ in range(24):
-        other().zero_()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    f()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def peak(f: Callable[[], Any], device: torch.device) -> float:
-    """GiB above what is there already."""
-    if device.type == "cpu":
-        return 0.0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    f()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
 def first(one: Side, device: torch.device) -> tuple[Side, float] | None:
     """Its first call, in seconds. A peer whose backward pass refuses this machine goes on with its forward pass."""
     began = time.perf_counter()
@@ -160,8 +128,8 @@ def first(one: Side, device: torch.device) -> tuple[Side, float] | None:
 
 
 def compare(kind: str, shape: str, sizes: Sizes, device: torch.device, args: argparse.Namespace) -> None:
-    torch.compiler.reset()                   # a second shape would be compiled for shapes of all sizes
-    B, T = map(int, shape.split("x"))
+    torch.compiler.reset()                   # each shape's first call compiles, and says how long that takes
+    (B, T), cuda = map(int, shape.split("x")), device.type == "cuda"
     begun = [*filter(None, (first(one, device) for one in sides(kind, B, T, sizes, device, args.peer)))]
     if args.warm:
         print(f"{kind} {shape}: first calls {', '.join(f'{one.name} {s:.1f} s' for one, s in begun)}", flush=True)
@@ -170,7 +138,7 @@ def compare(kind: str, shape: str, sizes: Sizes, device: torch.device, args: arg
     for i in range(args.repeats + 2):
         for one, _ in begun:
             for which, f in enumerate((one.forward, one.both)):
-                took = milliseconds(f, device) if f else float("nan")
+                took = milliseconds(f, cuda, AHEAD) if f else float("nan")
                 if i >= 2:
                     times.setdefault((one.name, which), []).append(took)
     mid = {key: median(values) for key, values in times.items()}
@@ -179,7 +147,7 @@ def compare(kind: str, shape: str, sizes: Sizes, device: torch.device, args: arg
         beside = one.name == "ours" and len(begun) > 1
         ratio = " / ".join(f"{mid['fla', i] / mid['ours', i]:.2f}" for i in range(2)) if beside else ""
         print(f"| {kind} | {shape} | {one.name} | {one.weights:,} | {a:.2f} | {b:.2f} | {B * T / b * 1e3:,.0f} | "
-              f"{ratio} | {peak(one.both or one.forward, device):.2f} | {s:.1f} |", flush=True)
+              f"{ratio} | {peak(one.both or one.forward, cuda) / 2**30:.2f} | {s:.1f} |", flush=True)
 
 
 def main() -> None:

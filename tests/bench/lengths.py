@@ -19,7 +19,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from layers import BIG, SMALL, Sizes, forward, milliseconds, ours, peak, side
+from layers import AHEAD, BIG, SMALL, Sizes, forward, ours, side
+from timing import milliseconds, peak
 from torch import Tensor
 
 from stepladder.model.context import Context
@@ -37,9 +38,9 @@ class Point(NamedTuple):
 def middle(f: Callable[[], Any], device: torch.device) -> float:
     """The median of up to nine, ms; long ones have two seconds."""
     f()
-    times = [milliseconds(f, device)]
+    times = [milliseconds(f, device.type == "cuda", AHEAD)]
     while len(times) < 9 and sum(times) < 2_000:
-        times.append(milliseconds(f, device))
+        times.append(milliseconds(f, device.type == "cuda", AHEAD))
     return median(times)
 
 
@@ -64,13 +65,13 @@ def decode(layer: TokenMixer, T: int, x: Tensor) -> float:
 
 
 def measure(kind: str, T: int, sizes: Sizes, device: torch.device) -> Point:
-    torch.compiler.reset()                   # or it would be compiled for rows of any length
+    torch.compiler.reset()                   # what it compiled for other lengths is not needed any more
     torch.manual_seed(0)
     layer = ours(kind, sizes, device, compiled=device.type == "cuda")
     x = torch.randn(1, T, sizes.width, dtype=torch.bfloat16, device=device, requires_grad=True)
     one = side("ours", layer, forward(layer, 1, T, device), x)
     both = middle(one.both, device)
-    return Point(T, both, peak(one.both, device), decode(layer, T, x.detach()[:, :1]))
+    return Point(T, both, peak(one.both, device.type == "cuda") / 2**30, decode(layer, T, x.detach()[:, :1]))
 
 
 def draw(found: dict[str, list[Point]], sizes: Sizes, out: Path) -> None:
