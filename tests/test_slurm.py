@@ -69,8 +69,10 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]
 
 
 @pytest.fixture
-def job(nodes: cluster.Cluster, tmp_path: Path) -> Callable[..., str]:
+def job(nodes: cluster.Cluster, tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Submits train.sbatch with `program`, Bash, in place of stepladder: one task on each of two nodes."""
+    submitted = []
+
     def submit(program: str, *options: str, **settings: str) -> str:
         stepladder = tmp_path / "bin" / "stepladder"
         stepladder.parent.mkdir()
@@ -83,8 +85,11 @@ def job(nodes: cluster.Cluster, tmp_path: Path) -> Callable[..., str]:
             "PER_NODE": "1", "START": "srun", "FOLDER": f"{tmp_path}/run", "BIN": str(stepladder.parent),
             "CHECK": [], **settings}))
         nodes.idle()                           # of the job before: one of 1-3 nodes would begin with fewer
-        return nodes.submit(script, f"--output={tmp_path}/log", *options)
-    return submit
+        submitted.append(nodes.submit(script, f"--output={tmp_path}/log", *options))
+        return submitted[-1]
+    yield submit
+    for number in submitted:                   # of a test that failed: the next waits for idle nodes
+        nodes.call("scancel", "--full", number, check=False)
 
 
 UNFINISHED = "echo cut off >unfinished"
@@ -218,7 +223,8 @@ def test_a_job_that_was_asked_for_wrongly_says_so_and_blames_no_node(nodes, job,
     assert not (tmp_path / "run" / "slurm" / "excluded").exists()
 
 
-WAITS = f"""echo "$SLURM_STEP_NODELIST" >nodes-$n
+# Written by one task, and whole when it appears.
+WAITS = f"""[ $SLURM_PROCID != 0 ] || {{ echo "$SLURM_STEP_NODELIST" >written; mv written nodes-$n; }}
 [ $n = 0 ] || {{ rm -f unfinished; exit; }}
 {UNFINISHED}; {SAVED}
 until [ -e lost ]; do sleep 0.1; done"""
