@@ -27,6 +27,7 @@ class Ready(NamedTuple):
 
 class Comm(Protocol):
     """What a sublayer needs of the other ranks; OneRank is the identity, the others are in parallel/."""
+    divided: bool          # whether the mixer's work on the same rows is divided among ranks
 
     def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
         """run(s), beside the mixers' own lane where the machine has two."""
@@ -45,7 +46,7 @@ class Comm(Protocol):
         ...
 
     def total(self, v: Tensor) -> Tensor:
-        """A statistic summed over the ranks among which the mixer's work on the same rows is divided."""
+        """A statistic summed over the ranks among which the work is divided."""
         ...
 
     def highest(self, v: Tensor) -> Tensor:
@@ -54,6 +55,8 @@ class Comm(Protocol):
 
 
 class OneRank:
+    divided = False
+
     def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
         return run(s)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepladder.ops.attach import attach
 from stepladder.ops.linear import linear
 
 
@@ -49,7 +50,28 @@ def sort(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return order, invert(order)
 
 
-class Routed(NamedTuple):
+def send(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., D), ids (N, k) below `experts` -> a row (N k, D) for each choice, sorted by expert; the order, its
+    inverse."""
+    order, inverse = sort(ids.flatten(), experts)
+    return permute(x.flatten(0, -2), order, inverse, ids.shape[-1]), order, inverse
+
+
+def regroup(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """counts (R, E), on the host: rows have come from R ranks one after the other, each rank's sorted by expert.
+
+    -> on `device`, the order (N,) that sorts them all by expert, its inverse, and where each expert's rows end (E,).
+    Without a sort: what one rank sent to one expert stays together, and where that goes is known from the counts.
+    """
+    came = counts.flatten().cumsum(0).view_as(counts).t().flatten()       # (E R,) where a piece ended as it came
+    ends = counts.t().flatten().cumsum(0)                                  # and where it ends when all are sorted
+    known, at = torch.stack([ends, came - ends]), torch.arange(int(ends[-1]), device=device)
+    ends, away = (known.pin_memory() if device.type == "cuda" else known).to(device, non_blocking=True)
+    order = at + away.index_select(0, torch.searchsorted(ends, at, right=True))
+    return order, torch.empty_like(order).scatter_(0, order, at), ends[counts.shape[0] - 1::counts.shape[0]]
+
+
+class Scores(NamedTuple):
     ids: Tensor            # (B T, k) experts of each token
     weights: Tensor        # (B T, k) by which their outputs are multiplied
     counts: Tensor         # (B, E) int64 tokens of a row that each expert gets
@@ -58,9 +80,17 @@ class Routed(NamedTuple):
     squares: Tensor        # () of the logits' logsumexp, summed
 
 
-def route(logits: Tensor, bias: Tensor | None, k: int, score: str) -> Routed:
+class Choice(NamedTuple):
+    ids: Tensor            # (B T, k)
+    weights: Tensor        # (B T, k) the auxiliary losses hang on them
+    load: Tensor           # (E,) int64
+    entropy: Tensor        # ()
+    balance: Tensor        # () the balance loss; without gradients
+
+
+def score(logits: Tensor, bias: Tensor | None, k: int, kind: str) -> Scores:
     """logits (B, T, E); bias (E,) is added to the scores for choosing only."""
-    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    scores = logits.softmax(-1) if kind == "softmax" else logits.sigmoid()
     known = scores.detach()
     ids = (known if bias is None else known + bias).topk(k, -1).indices
     weights = scores.gather(-1, ids)
@@ -68,8 +98,21 @@ def route(logits: Tensor, bias: Tensor | None, k: int, score: str) -> Routed:
     probs = scores / scores.sum(-1, keepdim=True)
     p = probs.detach()
     entropy = -(p * p.clamp_min(1e-20).log()).sum()
-    return Routed(ids.flatten(0, 1), weights.flatten(0, 1), count(ids.flatten(1), logits.shape[-1]), probs, entropy,
+    return Scores(ids.flatten(0, 1), weights.flatten(0, 1), count(ids.flatten(1), logits.shape[-1]), probs, entropy,
                   logits.logsumexp(-1).square().sum())
+
+
+def choose(scores: Scores, counts: Tensor, balance: float, z_loss: float) -> Choice:
+    """counts (B, E) are of whole sequences, of which the scores may be those of a rank's own tokens."""
+    loss = balance * imbalance(scores.probs, counts)
+    weights = attach(scores.weights, loss + z_loss * scores.squares)
+    return Choice(scores.ids, weights, scores.counts.sum(0), scores.entropy, loss.detach())
+
+
+def route(logits: Tensor, bias: Tensor | None, k: int, kind: str, balance: float, z_loss: float) -> Choice:
+    """Both, of whole sequences."""
+    scores = score(logits, bias, k, kind)
+    return choose(scores, scores.counts, balance, z_loss)
 
 
 def imbalance(probs: Tensor, counts: Tensor) -> Tensor:
@@ -92,18 +135,19 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def loop(x: Tensor, counts: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
-    """The definition. x (N, D) sorted by expert, counts (E,); up, gate (E, F, D), down (E, D, F) -> (N, D)."""
+def loop(x: Tensor, ends: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+    """The definition. x (N, D) sorted by expert, whose rows end at ends (E,), the last of them N; up, gate (E, F, D),
+    down (E, D, F) -> (N, D)."""
     out = []
-    for e, rows in enumerate(x.split(counts.tolist())):       # reads counts on the host: the reference may
+    for e, rows in enumerate(x.tensor_split(ends.tolist()[:-1])):       # reads ends on the host: the reference may
         out.append(linear(gated(linear(rows, gate[e]), linear(rows, up[e])), down[e]))
     return torch.cat(out)
 
 
-def grouped(x: Tensor, counts: Tensor, up: Tensor, gate: Tensor, down: Tensor,
+def grouped(x: Tensor, ends: Tensor, up: Tensor, gate: Tensor, down: Tensor,
             between: Callable[[Tensor, Tensor], Tensor] = gated) -> Tensor:
-    """The same by three grouped products; counts stay on the device. They must add up to N: more is not written."""
-    ends = counts.cumsum(0).to(torch.int32)
+    """The same by three grouped products; ends stay on the device. The last must be N: more is not written."""
+    ends = ends.to(torch.int32)
     up, gate, down = (w.to(x.dtype).transpose(-2, -1) for w in (up, gate, down))
     h = between(F.grouped_mm(x, gate, offs=ends), F.grouped_mm(x, up, offs=ends))
     return F.grouped_mm(h, down, offs=ends)

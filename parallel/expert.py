@@ -28,7 +28,7 @@ class Carry:
         return counts
 
     def dispatch(self, rows: Tensor, announced: Tensor) -> tuple[Pending, Tensor, Any]:
-        return self.lanes.carry(rows), announced, None
+        return self.lanes.carry(rows), announced.cumsum(0), None
 
     def combine(self, rows: Tensor, back: Any) -> Pending:
         return self.carry(rows)
@@ -40,8 +40,7 @@ class Carry:
 
 class Announced(NamedTuple):
     """How many rows will come from whom."""
-    arriving: Tensor       # (ranks, this rank's experts)
-    sums: Tensor           # (2, ranks) rows sent, rows received; on the host when `read` is over
+    counts: Tensor         # (2, ranks, a rank's experts) sent, received; on the host, when `read` is over
     read: Any              # an event
 
 
@@ -74,21 +73,20 @@ class AllToAll:
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=self.ranks.group())
         # The one read of the device per MoE layer, on its way while the host goes on: uneven splits are host numbers.
-        sums = torch.stack([counts.sum(1), arriving.sum(1)])
-        host = torch.empty_like(sums, device="cpu", pin_memory=sums.is_cuda).copy_(sums, non_blocking=True)
-        return Announced(arriving, host, torch.cuda.current_stream().record_event() if sums.is_cuda else None)
+        both = torch.stack([counts, arriving])
+        host = torch.empty_like(both, device="cpu", pin_memory=both.is_cuda).copy_(both, non_blocking=True)
+        return Announced(host, torch.cuda.current_stream().record_event() if both.is_cuda else None)
 
     def dispatch(self, rows: Tensor, announced: Announced) -> tuple[Pending, Tensor, Back]:
-        arriving, sums, read = announced
+        counts, read = announced
         if read is not None:
             read.synchronize()
-        send, receive = sums.tolist()
-        local = torch.arange(arriving.shape[1], device=rows.device).repeat(self.ranks.n)
-        arrived = local.repeat_interleave(arriving.flatten(), output_size=sum(receive))
-        back = Back(*experts.sort(arrived, arriving.shape[1]), send, receive)
+        send, receive = counts.sum(2).tolist()
+        order, inverse, ends = experts.regroup(counts[1], rows.device)
+        back = Back(order, inverse, send, receive)
         move = self.ranks.exchange
         there, home = partial(move, send=send, receive=receive), partial(move, send=receive, receive=send)
-        return Sorting(self.lanes.start(rows, there, home, late=True), back), arriving.sum(0), back
+        return Sorting(self.lanes.start(rows, there, home, late=True), back), ends, back
 
     def combine(self, rows: Tensor, back: Back) -> Pending:
         with self.lanes.front():

@@ -120,6 +120,7 @@ class TensorComm:
 
     def __init__(self, lanes: Lanes, ranks: Ranks | None, sequence: bool = False, name: str = ""):
         self.lanes, self.ranks, self.sequence, self.name = lanes, ranks, sequence, name
+        self.divided = ranks is not None
 
     def spread(self, x: Tensor) -> Started:
         return self.ranks.gather(x) if self.ranks is not None and self.sequence else copy(x)
@@ -159,6 +160,7 @@ class OwnTokens:
     def __init__(self, stream: TensorComm):
         self.stream, self.lanes, self.ranks, self.name = stream, stream.lanes, stream.ranks, stream.name
         self.work, self.aside, self.total, self.highest = stream.work, stream.aside, stream.total, stream.highest
+        self.divided = stream.divided
 
     def enter(self, x: Tensor) -> Pending:
         """Awaited at once: routing, beside the mixers, reads it."""

@@ -57,12 +57,12 @@ def test_packed_attention_equals_its_dense_reference(window: int, heads: tuple[i
 @pytest.mark.parametrize("counts", [[5, 0, 130, 57], [0, 0, 192, 0]])
 def test_grouped_experts_equal_the_loop(counts: list[int]) -> None:
     x, up, gate, down = inputs((192, 64), (4, 96, 64), (4, 96, 64), (4, 64, 96))
-    n = torch.tensor(counts, device=GPU)
-    y = experts.grouped(x, n, up, gate, down)
+    ends = torch.tensor(counts, device=GPU).cumsum(0)
+    y = experts.grouped(x, ends, up, gate, down)
     g = torch.randn_like(y)
     got = (y, *torch.autograd.grad(y, (x, up, gate, down), g))
     x, up, gate, down = (z.detach().double().requires_grad_() for z in (x, up, gate, down))
-    ref = experts.loop(x, n, up, gate, down)
+    ref = experts.loop(x, ends, up, gate, down)
     want = (ref, *torch.autograd.grad(ref, (x, up, gate, down), g.double()))
     for a, b in zip(got, want, strict=True):
         assert error(a, b) < 2 * BF16_ERROR

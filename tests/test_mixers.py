@@ -275,7 +275,7 @@ def test_moe_in_compiled_pieces_trains_like_the_whole(channel: str, monkeypatch:
     for name, g in gradients(pieces, [m]).items():
         close(g, want[name], 1e-5, name)
     shared = cfg.kinds()[0].channel.shared > 0
-    assert compiled.cache_info().currsize == 5 + shared      # route, permute, imbalance, weigh, gated twice
+    assert compiled.cache_info().currsize == 4 + shared      # route, send, weigh, gated twice
     compiled.cache_clear()
 
 
@@ -291,25 +291,25 @@ def test_router_losses_equal_their_formulas(channel: str) -> None:
     spec = mixer.spec
     x = torch.randn(B, T, spec.experts, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x.requires_grad_()
-    ids, weights, stats = mixer.choose(x)
-    (got,) = torch.autograd.grad(0 * weights.sum(), x)        # nothing but what is attached
+    choice = mixer.choose(x)
+    (got,) = torch.autograd.grad(0 * choice.weights.sum(), x)        # nothing but what is attached
     want = torch.zeros((), dtype=torch.float64)
-    for row, chosen in zip(x, ids.view(B, T, -1), strict=True):
+    for row, chosen in zip(x, choice.ids.view(B, T, -1), strict=True):
         score = row.softmax(-1) if spec.score == "softmax" else row.sigmoid()
         p = (score / score.sum(-1, keepdim=True)).mean(0)
         f = torch.stack([(chosen == e).sum() for e in range(spec.experts)]) * spec.experts / (spec.top_k * T)
         want = want + T * spec.balance * (f * p).sum()        # losses are sums over tokens
-    close(stats.balance, want)
+    close(choice.balance, want)
     want = want + spec.z_loss * sum(x[b, t].exp().sum().log() ** 2 for b in range(B) for t in range(T))
     close(got, torch.autograd.grad(want, x)[0])
-    assert stats.load.tolist() == [int((ids == e).sum()) for e in range(spec.experts)]
+    assert choice.load.tolist() == [int((choice.ids == e).sum()) for e in range(spec.experts)]
 
 
 def test_the_balance_bias_chooses_experts_but_does_not_weigh_them() -> None:
     mixer = first_moe("moe1")
     scores = torch.tensor([[[1.0, 0.9, 0.8, 0.7]]], dtype=torch.float64)
     mixer.bias.data = torch.tensor([0.0, 0.0, 0.0, 5.0], dtype=torch.float64)
-    ids, weights, _ = mixer.choose(scores)
+    ids, weights, *_ = mixer.choose(scores)
     assert sorted(ids.flatten().tolist()) == [0, 3]
     close(weights, scores.sigmoid()[..., ids.flatten()].flatten(0, 1) / scores.sigmoid()[..., [0, 3]].sum())
     mixer.rebalance(torch.tensor([9, 1, 4, 2]))               # mean 4

@@ -19,6 +19,7 @@ from stepladder.model.channel import moe
 from stepladder.model.leaf import Decl
 from stepladder.model.residual import Pending, Ready, Stream
 from stepladder.model.token import attention
+from stepladder.ops import experts
 from stepladder.parallel import flight, labels, pipeline, shard, tensor
 from stepladder.parallel.expert import AllToAll
 from stepladder.parallel.support import Parallel
@@ -151,10 +152,10 @@ def test_norm_gradients_not_summed_under_sequence_parallel_are_seen() -> None:
 
 def auxiliary_losses_totalled() -> None:
     """Every rank attaches the sum over ranks: what a total for the log, attached by mistake, does."""
-    choose, attach = moe.Mixer.choose, moe.attach
+    choose, attach = moe.Mixer.choose, experts.attach
 
     def mutated(self: moe.Mixer, logits: Tensor) -> Any:
-        moe.attach = lambda x, loss: attach(x, self.comm.total(loss))
+        experts.attach = lambda x, loss: attach(x, self.comm.total(loss))
         return choose(self, logits)
     moe.Mixer.choose = mutated
 
@@ -183,8 +184,8 @@ def experts_swapped() -> None:
     dispatch = AllToAll.dispatch
 
     def mutated(self: AllToAll, rows: Tensor, announced: Any) -> Any:
-        arriving, counts, back = dispatch(self, rows, announced)
-        return arriving, counts.flip(0), back
+        arriving, ends, back = dispatch(self, rows, announced)
+        return arriving, ends.diff(prepend=ends.new_zeros(1)).flip(0).cumsum(0), back
     AllToAll.dispatch = mutated
 
 

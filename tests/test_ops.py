@@ -241,9 +241,9 @@ def test_grouped_experts_equal_the_loop(counts: list[int], D: int, hidden: int) 
     up, gate = (randn(4, hidden, D, seed=i, dtype=single) / D ** 0.5 for i in (1, 2))
     down = randn(4, D, hidden, seed=3, dtype=single) / hidden ** 0.5
     assert experts.can_group(x, hidden)
-    sizes = torch.tensor(counts)
-    agree(lambda x, u, g, d: (experts.grouped(x, sizes, u, g, d),),
-          lambda x, u, g, d: (experts.loop(x, sizes, u, g, d),), x, up, gate, down, tolerance=1e-5)
+    ends = torch.tensor(counts).cumsum(0)
+    agree(lambda x, u, g, d: (experts.grouped(x, ends, u, g, d),),
+          lambda x, u, g, d: (experts.loop(x, ends, u, g, d),), x, up, gate, down, tolerance=1e-5)
 
 
 def test_shapes_and_precisions_that_cannot_be_grouped_are_left_to_the_loop() -> None:
@@ -261,6 +261,15 @@ def test_rows_are_carried_to_their_experts_and_back_with_their_gradients() -> No
     agree(lambda x: (experts.permute(x, order, inverse, 2),), lambda x: (x.repeat_interleave(2, 0)[order],), x)
     back = lambda x: experts.permute(experts.permute(x, order, inverse, 2), inverse, order)
     agree(lambda x: (back(x),), lambda x: (x.repeat_interleave(2, 0),), x)
+
+
+@pytest.mark.parametrize("counts", [[[2, 0, 1], [0, 3, 1]], [[0, 0], [4, 0]], [[0, 0], [0, 0]], [[1, 2, 3]]], ids=str)
+def test_rows_that_came_sorted_rank_by_rank_are_sorted_as_a_stable_sort_would(counts: list[list[int]]) -> None:
+    ids = torch.tensor([e for rank in counts for e, n in enumerate(rank) for _ in range(n)], dtype=torch.long)
+    order, inverse, ends = experts.regroup(torch.tensor(counts), torch.device("cpu"))
+    assert torch.equal(order, ids.argsort(stable=True))
+    assert torch.equal(inverse, experts.invert(order))
+    assert torch.equal(ends, torch.tensor(counts).sum(0).cumsum(0))
 
 
 # Private APIs of torch: what we lean on, and nothing else

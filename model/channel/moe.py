@@ -17,7 +17,6 @@ from stepladder.model.leaf import Leaf, constant, normal
 from stepladder.model.mixer import ChannelMixer, Plan
 from stepladder.model.residual import Pending, Ready, Stats
 from stepladder.ops import experts
-from stepladder.ops.attach import attach
 from stepladder.ops.compiled import compiled
 from stepladder.ops.linear import linear, promote
 
@@ -59,7 +58,7 @@ class Exchange(Protocol):
         ...
 
     def dispatch(self, rows: Tensor, announced: Any) -> tuple[Pending, Tensor, Any]:
-        """rows (N, D) sorted by expert -> the rows for this rank's experts, sorted, their counts, and the way back."""
+        """rows (N, D) sorted by expert -> the rows for this rank's experts, sorted, where they end, the way back."""
         ...
 
     def combine(self, rows: Tensor, back: Any) -> Pending:
@@ -76,7 +75,7 @@ class Here:
         return counts
 
     def dispatch(self, rows: Tensor, announced: Tensor) -> tuple[Pending, Tensor, Any]:
-        return Ready(rows), announced, None
+        return Ready(rows), announced.cumsum(0), None
 
     def combine(self, rows: Tensor, back: Any) -> Pending:
         return Ready(rows)
@@ -89,16 +88,13 @@ class Foreseen(NamedTuple):
     """What follows from the router alone. Pre-gated, it is known a block early: the host has read the counts before it
     needs them, where it otherwise waits for the device."""
     announced: Any         # of the exchange
-    stats: Stats
-    order: Tensor          # (B T k,) which token's choice each row to be sent is
-    inverse: Tensor        # (B T k,)
-    weights: Tensor        # (B T, k)
+    choice: experts.Choice
 
 
 class Way(NamedTuple):
     """To the experts."""
     rows: Pending          # (N, D) this rank's experts' rows, sorted by expert
-    counts: Tensor         # (its experts,) how many each
+    ends: Tensor           # (its experts,) where each one's end
 
 
 class Back(NamedTuple):
@@ -149,13 +145,13 @@ class Experts(Leaf):
         self.weight("gate", E, H, D, ep=0, init=normal(cfg.std))
         self.weight("down", E, D, H, ep=0, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows (N, D) sorted by expert, counts (its experts,) -> (N, D) in the same order."""
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows (N, D) sorted by expert, which end at ends (its experts,) -> (N, D) in the same order."""
         if self.engine == "loop" or not experts.can_group(rows, self.hidden):
-            return experts.loop(rows, counts, self.up, self.gate, self.down)
+            return experts.loop(rows, ends, self.up, self.gate, self.down)
         # Dynamic: where rows come from other ranks, N is another every time.
         between = compiled(experts.gated, dynamic=True) if self.compiled else experts.gated
-        return experts.grouped(rows, counts, self.up, self.gate, self.down, between)
+        return experts.grouped(rows, ends, self.up, self.gate, self.down, between)
 
 
 class Mixer(ChannelMixer):
@@ -192,24 +188,23 @@ class Mixer(ChannelMixer):
     def plan(self, x: Pending, route: tuple[Tensor, ...], foreseen: Foreseen | None = None) -> Plan:
         tokens = x.wait()
         logits, *later = (*route, *(router(tokens) for router in self.routers))
-        announced, stats, order, inverse, weights = foreseen or self._foresee(logits)
-        rows = self.fast(experts.permute)(tokens.flatten(0, 1), order, inverse, self.spec.top_k)
-        rows, counts, exchanged = self.experts.exchange.dispatch(rows, announced)
-        return Plan(tuple(later), stats, Way(rows, counts), Back(exchanged, order, inverse, weights, tokens.shape))
+        announced, (ids, weights, *stats) = foreseen or self._foresee(logits)
+        rows, order, inverse = self.fast(experts.send)(tokens, ids, self.spec.experts)
+        rows, ends, exchanged = self.experts.exchange.dispatch(rows, announced)
+        return Plan(tuple(later), Stats(*stats), Way(rows, ends),
+                    Back(exchanged, order, inverse, weights, tokens.shape))
 
     def _foresee(self, logits: Tensor) -> Foreseen:
-        ids, weights, stats = self.choose(logits)
-        announced = self.experts.exchange.announce(stats.load)
-        return Foreseen(announced, stats, *experts.sort(ids.flatten(), self.spec.experts), weights)
+        choice = self.choose(logits)
+        return Foreseen(self.experts.exchange.announce(choice.load), choice)
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Stats]:
-        """logits (B, T, E) -> expert ids and weights (B T, k), and what the log wants to know."""
-        spec = self.spec
-        bias = self.bias if spec.bias_rate else None
-        ids, weights, counts, probs, entropy, squares = self.fast(experts.route)(logits, bias, spec.top_k, spec.score)
-        balance = spec.balance * self.fast(experts.imbalance)(probs, self.comm.total(counts))
-        weights = attach(weights, balance + spec.z_loss * squares)
-        return ids, weights, Stats(counts.sum(0), entropy, balance.detach())
+    def choose(self, logits: Tensor) -> experts.Choice:
+        """logits (B, T, E) -> experts of each token, and the auxiliary losses. One piece where no sum lies between."""
+        spec, bias = self.spec, self.bias if self.spec.bias_rate else None
+        if not self.comm.divided:
+            return self.fast(experts.route)(logits, bias, spec.top_k, spec.score, spec.balance, spec.z_loss)
+        scores = self.fast(experts.score)(logits, bias, spec.top_k, spec.score)
+        return self.fast(experts.choose)(scores, self.comm.total(scores.counts), spec.balance, spec.z_loss)
 
     def forward(self, x: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
         """The experts' rows, sorted by expert, and the shared expert's output, which is made while they travel."""
@@ -217,7 +212,7 @@ class Mixer(ChannelMixer):
         if self.spec.shared:
             gated = self.fast(experts.gated)
             shared = linear(gated(linear(x, self.shared_gate), linear(x, self.shared_up)), self.shared_down)
-        return self.experts(way.rows.wait(), way.counts), shared
+        return self.experts(way.rows.wait(), way.ends), shared
 
     def deliver(self, y: tuple[Tensor, Tensor | None], plan: Plan) -> Pending:
         (rows, shared), exchange = y, self.experts.exchange

@@ -63,7 +63,7 @@ class Stay(Carry):
         self.n = exchange.ranks.n
 
     def dispatch(self, rows: torch.Tensor, announced: torch.Tensor) -> tuple[Any, torch.Tensor, Any]:
-        return self.lanes.carry(rows), announced.view(self.n, -1).sum(0), None
+        return self.lanes.carry(rows), announced.view(self.n, -1).sum(0).cumsum(0), None
 
 
 def timed(step: Any, times: int, device: torch.device) -> tuple[float, float]:
