@@ -27,9 +27,11 @@ EXIT = 70              # EX_SOFTWARE of sysexits.h
 HELD = 4               # collectives watched at once: a handle keeps its output in memory
 NAMES = 4096           # collectives whose names are remembered, to say between which two a hang is
 BEAT = 2.0             # seconds between two words to the store; less where the limit is short
-NEWS = 0.2             # seconds until a step that has begun is told as well; more where ranks are many
+QUICK = 0.3            # seconds between them once somebody is gone
+NEWS = 0.2             # seconds until a step that has begun is told as well, and an alarm heard; more of many ranks
 WORDS = 5000           # a second, of all ranks, that the store is to hear at most
 LISTEN = 3             # beats until a rank that says nothing is called silent
+SURE = 1.0             # seconds until one that is, alone among the others, is called gone when a connection broke
 TELL = 5.0             # seconds to say why before the end
 HOUSE = str(Path(__file__).parents[1])
 
@@ -58,14 +60,13 @@ class Word(NamedTuple):
     step: int
     started: int             # collectives, since the beginning
     stands: str              # at which collective, and where in the source
-    left: str                # why it stopped, if it had time to say so
 
 
 class Watch:
     """This process's watchdog; `watch` is the one there is."""
 
     def __init__(self) -> None:
-        self.on = self.leaving = self.rests = False
+        self.on = self.leaving = self.rests = self.alarmed = False
         self.started = 0
         self.runs = 0                          # of this process: a store outlives them
         self.tell: Callable[[str], None] = lambda why: None
@@ -100,7 +101,7 @@ class Watch:
         self.store = dist.PrefixStore(f"watch/{self.runs}", own)
         self.store.set_timeout(timedelta(seconds=max(10.0, self.pause)))
         self.ended, self.heard = threading.Event(), time.monotonic()
-        self.on, self.leaving, self.rests = True, False, False
+        self.on, self.leaving, self.rests, self.alarmed = True, False, False, False
         self._say()
         self.thread = threading.Thread(target=self._follow, name="watch", daemon=True)
         self.thread.start()
@@ -161,8 +162,9 @@ class Watch:
             waited = time_ - min(moved, waits[1] if waits else moved)
             try:
                 self._say()
-                limit = 2 * LISTEN * self.pause if self.store.check(["alarm"]) else self.limit
-                if waited > limit - LISTEN * self.pause and not self.leaving:
+                # After an alarm nobody gets far; what still moves, or rests, comes to a broken connection by itself.
+                limit = self.pause if self.alarmed else self.limit - LISTEN * self.pause
+                if waited > limit and not self.leaving:
                     cause, again = self._others(), self._oldest()
                     if state == (self.now, self.started, again and again[0]):   # it has not gone on in the meantime
                         self._end(cause, time.monotonic() - time_ + waited)
@@ -171,15 +173,21 @@ class Watch:
                     self._end(f"nor is there a word from the store, at rank 0 or its launcher: {error}", waited)
 
     def _beat(self) -> bool:
-        """Wait for the next beat, with a word about each step that begins before it; False when the watch is over."""
-        end = time.monotonic() + self.pause
-        while (left := end - time.monotonic()) > 0:
+        """Wait for the next beat, which an alarm brings forward, with a word about each step that begins before it;
+        False when the watch is over."""
+        began = time.monotonic()
+        while (left := began + self._pause() - time.monotonic()) > 0:
             if self.ended.wait(min(left, max(NEWS, self.mesh.size / WORDS))):
                 return False
-            if self.now != self.told:
-                with contextlib.suppress(RuntimeError):      # the beat's own word finds out too
+            with contextlib.suppress(RuntimeError):          # the beat's own word finds out too
+                if self.now != self.told:
                     self._say()
+                self.alarmed = self.alarmed or self.store.check(["alarm"])
         return True
+
+    def _pause(self) -> float:
+        """Seconds from this beat to the next."""
+        return min(self.pause, max(QUICK, self.mesh.size / WORDS)) if self.alarmed else self.pause
 
     def _guard(self, ended: threading.Event) -> None:
         """Where the network is cut the store neither answers nor fails: then the thread that asks it hangs as well."""
@@ -203,9 +211,10 @@ class Watch:
 
     def _leave(self, why: str, alarm: bool = True) -> None:
         with contextlib.suppress(RuntimeError):        # nobody may be left to hear it
-            self._say(why)
+            self._say()
+            self.store.compare_set("left", "", why)    # the first: what others say follows from it
             if alarm:
-                self.store.set("alarm", "")
+                self.store.add("alarm", 1)
 
     def _cause(self, error: Exception) -> str | None:
         """Whose end this error of a connection comes from; None for any other error."""
@@ -213,20 +222,30 @@ class Watch:
         if not isinstance(error, RuntimeError) or not ("gloo" in text or "onnection" in text or "NCCL" in text):
             return None
         try:
-            return self._others()
+            # Not a time-out: somebody is gone, or going. The first to find out judges, for the others to say the same.
+            self.alarmed = "onnection" in text and "imed out" not in text
+            return self._others(judge=self.alarmed and self.store.add("alarm", 1) == 1)
         except RuntimeError as lost:
             return f"the store, at rank 0 or its launcher, is gone too: {lost}"
 
-    def _others(self) -> str:
-        """Which rank is to blame, by what all say of themselves and whose beats have stopped: the same everywhere."""
-        before = self._read()
-        for _ in range(LISTEN):
-            self.ended.wait(self.pause)
+    def _others(self, judge: bool = False) -> str:
+        """Which rank is to blame: what the first that left says, else whose beats have stopped, else who is behind.
+
+        Not to beat for a while proves nothing, a rank may hold the interpreter's lock or wait for its core; but when
+        one is known to be gone and all others were heard since, it is the one: so a `judge` need not listen long."""
+        before, began = self._read(), time.monotonic()
+        while True:
+            self.ended.wait(self._pause())
             self._say()                        # the others may be listening, too
-        words = self._read()
-        if left := next((word.left for word in words.values() if word.left), None):
-            return left
-        silent = [r for r, word in words.items() if word.beat == before[r].beat and r != self.mesh.rank]
+            if self.store.check(["left"]):
+                return self.store.get("left").decode()
+            listened = time.monotonic() - began
+            over = listened >= LISTEN * self.pause or self.ended.is_set()
+            if over or judge:
+                words = self._read()
+                silent = [r for r, word in words.items() if word.beat == before[r].beat and r != self.mesh.rank]
+                if over or (len(silent) == 1 and listened >= SURE):
+                    break
         if silent:
             return self._list(silent, lambda r: f"has been silent for {max(0.0, time.time() - words[r].time):.0f} s, "
                                                 f"last heard of {_in(words[r].step)}{words[r].stands}")
@@ -279,9 +298,9 @@ class Watch:
         where = f", {frame.f_code.co_filename[len(HOUSE) + 1:]}:{frame.f_lineno}" if frame else ""
         return at + where
 
-    def _say(self, left: str = "") -> None:
+    def _say(self) -> None:
         self.beats, self.told = self.beats + 1, self.now
-        word = Word(self.beats, time.time(), self.told, self.started, self._stands(), left)
+        word = Word(self.beats, time.time(), self.told, self.started, self._stands())
         self.store.set(str(self.mesh.rank), json.dumps(word))
 
     def _read(self) -> dict[int, Word]:
