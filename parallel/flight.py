@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from stepladder.model.residual import Pending, Ready, Stream
 
@@ -90,15 +89,22 @@ class Lanes:
         """
         flight = _Flight(self, go, back)
         token: Tensor = _Start.apply(x, flight)  # pyright: ignore[reportAssignmentType]
-        if late and token.grad_fn is not None:
-            node: Any = token.grad_fn
-            node._set_sequence_nr(min(self.low, node._sequence_nr()))
+        if late:
+            self._lower(token)
         return Travelling(token, flight)
 
-    def carry(self, x: Tensor) -> Pending:
-        """From this lane to the one that waits."""
-        stay = lambda x: Started(x.detach())
-        return Ready(x) if self.side is None else self.start(x, stay, stay)
+    def carry(self, x: Tensor, late: bool = False) -> Pending:
+        """From this lane to the one that waits. Back comes its gradient by autograd alone: a node runs on the lane that
+        its forward ran on, and waits for those that made its inputs."""
+        if late:
+            self._lower(x)
+        return Ready(x) if self.side is None else Carried(x, torch.cuda.current_stream().record_event())
+
+    def _lower(self, x: Tensor) -> None:
+        """What takes x's gradient on is made as old as the sublayer before."""
+        node: Any = x.grad_fn
+        if node is not None:
+            node._set_sequence_nr(min(self.low, node._sequence_nr()))
 
 
 class _Flight:
@@ -163,8 +169,21 @@ class Travelling(NamedTuple):
         return _Land.apply(self.token, self.flight)  # pyright: ignore[reportReturnType]
 
 
-def _used_by(stream: torch.cuda.Stream | None, things: Any) -> None:
+class Carried(NamedTuple):
+    y: Tensor
+    made: Any              # an event
+
+    def wait(self) -> Tensor:
+        lane = torch.cuda.current_stream()
+        lane.wait_event(self.made)
+        self.y.record_stream(lane)
+        return self.y
+
+
+def _used_by(stream: torch.cuda.Stream | None, things: tuple[Any, ...]) -> None:
     """The allocator must not give their memory away before `stream` has come this far."""
-    for t in tree_leaves(things):
-        if stream is not None and isinstance(t, Tensor) and t.is_cuda:
-            t.record_stream(stream)
+    for t in things if stream is not None else ():
+        if isinstance(t, tuple):
+            _used_by(stream, t)
+        elif isinstance(t, Tensor) and t.is_cuda:
+            t.record_stream(stream)  # pyright: ignore[reportArgumentType]

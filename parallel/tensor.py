@@ -123,11 +123,11 @@ class TensorComm:
         self.divided = ranks is not None
 
     def spread(self, x: Tensor) -> Started:
-        return self.ranks.gather(x) if self.ranks is not None and self.sequence else copy(x)
+        assert self.ranks is not None
+        return self.ranks.gather(x) if self.sequence else copy(x)
 
     def collect(self, y: Tensor) -> Started:
-        if self.ranks is None:
-            return copy(y)
+        assert self.ranks is not None
         return self.ranks.scatter(y) if self.sequence else self.ranks.add_up(y)
 
     def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
@@ -135,6 +135,8 @@ class TensorComm:
 
     def enter(self, x: Tensor) -> Pending:
         self.lanes.sublayer(self.name)
+        if self.ranks is None:
+            return self.lanes.carry(x, late=True)
         return self.lanes.start(x, self.spread, self.collect, late=True)
 
     def work(self, mixer: Callable[..., Any], x: Pending, *args: Any) -> Any:
@@ -145,7 +147,8 @@ class TensorComm:
         self.lanes.where = self.name
         with self.lanes.front():
             y = y if isinstance(y, Tensor) else y.wait()
-            return self.lanes.start(y if also is None else y + also, self.collect, self.spread)
+            y = y if also is None else y + also
+            return self.lanes.carry(y) if self.ranks is None else self.lanes.start(y, self.collect, self.spread)
 
     def total(self, v: Tensor) -> Tensor:
         return v if self.ranks is None else self.ranks.total(v)

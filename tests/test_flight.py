@@ -174,6 +174,20 @@ def test_a_flight_lands_once() -> None:
         pending.wait()
 
 
+def test_the_gradient_of_what_is_carried_late_goes_on_behind_the_sublayer_before() -> None:
+    lanes, h, ran = Lanes(CPU), torch.ones(1, requires_grad=True), list[str]()
+
+    def sublayer(name: str) -> torch.Tensor:
+        lanes.sublayer(name)
+        x = h * 2
+        y = lanes.carry(x, late=True).wait() * 3
+        for node, what in ((x.grad_fn, "norm"), (y.grad_fn, "mixer")):
+            node.register_prehook(lambda g, what=what: ran.append(f"{what} {name}"))  # pyright: ignore[reportOptionalMemberAccess]
+        return y
+    (sublayer("0") + sublayer("1")).backward()
+    assert ran == ["mixer 1", "mixer 0", "norm 1", "norm 0"]
+
+
 def test_private_set_sequence_nr_moves_a_node_back() -> None:
     """torch.autograd.graph.Node._set_sequence_nr, _sequence_nr and torch._C._autograd._get_sequence_nr."""
     before = torch._C._autograd._get_sequence_nr()  # pyright: ignore
