@@ -25,8 +25,9 @@ from stepladder.model.context import borders
 from stepladder.model.decoder import flops, parameters
 from stepladder.parallel import checkpoint, spans
 from stepladder.parallel.build import Parts, build
-from stepladder.parallel.checkpoint import CheckpointError, Lock, Store
+from stepladder.parallel.checkpoint import CheckpointError, Store
 from stepladder.parallel.checkpoint_folder import step_of
+from stepladder.parallel.lock import Lock
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.optimizer import Optimizer, Report
 from stepladder.parallel.pipeline import Micro

@@ -3,14 +3,11 @@
 torch.distributed.checkpoint plans who writes which part of which tensor; checkpoint_folder.py is what lies on disk.
 """
 
-import fcntl
 import itertools
 import json
 import math
-import os
 import secrets
 import shutil
-import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -44,36 +41,7 @@ from stepladder.parallel.checkpoint_folder import (
     write_index,
 )
 
-__all__ = ["CheckpointError", "Lock", "Store", "fill", "meta", "names", "refuse_mismatch", "valid"]
-
-
-class Lock:
-    """Holds RUN/.lock while a program writes to the run folder; a second program is refused."""
-
-    def __init__(self, run: Path) -> None:
-        self.path = Path(run) / ".lock"
-
-    def __enter__(self) -> "Lock":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+")
-        try:
-            # lockf, not flock: a flock is inherited by forked data workers, which would hold the run for the seconds
-            # that they outlive a killed trainer.
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
-            self.file.close()
-            raise CheckpointError(
-                f"run folder {self.path.parent} is in use by {holder}; stop it or give this run another folder"
-            ) from None
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
-        self.file.flush()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()  # which unlocks
+__all__ = ["CheckpointError", "Store", "fill", "meta", "names", "refuse_mismatch", "valid"]
 
 
 class Ranks:

@@ -15,7 +15,8 @@ from corpora import corpus, texts
 from refusals import FOLDER, FULL, before_work, here, prepared, refused, train  # noqa: F401
 
 from stepladder.launch import events, status
-from stepladder.parallel.checkpoint import Lock, valid
+from stepladder.parallel.checkpoint import valid
+from stepladder.parallel.lock import Lock
 
 
 def saved() -> list[str]:

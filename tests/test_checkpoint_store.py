@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from stepladder.launch import export
 from stepladder.parallel import checkpoint, checkpoint_folder
-from stepladder.parallel.checkpoint import CheckpointError, Lock, Store
+from stepladder.parallel.checkpoint import CheckpointError, Store
+from stepladder.parallel.lock import Lock
 
 META = {"step": 0, "config": "[model]\nwidth = 8\n", "cursor": {"lanes": [1, 2]}}
 
