@@ -30,9 +30,11 @@ def find(inputs: Sequence[str | Path], but: Path) -> list[Path]:
     for given in map(Path, inputs):
         if not given.is_dir():
             if not given.is_file():
-                raise ValueError(f"{given}: no such file or folder")
+                raise ValueError(f"{given}: {'neither file nor' if given.exists() else 'no such file or'} folder")
             files.append(given)
             continue
+        if but.resolve() in (given.resolve(), *given.resolve().parents):
+            raise ValueError(f"{given} lies in --out {but}, which is not read: name another --out")
         inside = sorted(path for path in given.rglob("*") if path.is_file())
         inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(given).parts)]
         inside = [path for path in inside if but.resolve() not in path.resolve().parents]
@@ -92,9 +94,10 @@ def _text(line: bytes, key: str, where: str) -> str:
         raise ValueError(f"{where}: not UTF-8: {error.reason}") from None
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(table, dict) or key not in table:
-        known = ", ".join(table) if isinstance(table, dict) else "it is not an object"
-        raise ValueError(f"{where}: no key {key!r} ({known}); name the text's key with --text-key")
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: {type(table).__name__}, not an object with the key {key!r}")
+    if key not in table:
+        raise ValueError(f"{where}: no key {key!r} ({', '.join(table)}); name the text's key with --text-key")
     text = table[key]
     if not isinstance(text, str):
         raise ValueError(f"{where}: {key!r} is {type(text).__name__}, not a string")

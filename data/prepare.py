@@ -76,7 +76,7 @@ def prepare(
         asked = {**options._asdict(), "tokenizer": f"trained {train}" if train else tokenizer.load(tokens).hash}
         told = [[file.name, file.stat().st_size] for file in files]
         if (out / manifest.FILE).exists():
-            return _finished(out, asked, told, files)
+            return _finished(out, asked, told, files, tokens)
         found = _tokenizer_for(out, tokens, train, files, options, progress)
         dtype = "uint16" if found.vocab <= 1 << 16 else "uint32"
         limit = _block_tokens(files, options, options.block_bytes // np.dtype(dtype).itemsize, found.name == "bytes")
@@ -113,7 +113,8 @@ def _write_shard(file: Path, texts: Iterator[str], found: tokenizer.Tokenizer, l
     partial = file.with_suffix(".tmp")
     blocks: list[list[int]] = []
     sizes: list[int] = []
-    with open(partial, "wb") as raw, tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    ustar = tarfile.USTAR_FORMAT
+    with _named(file), open(partial, "wb") as raw, tarfile.open(fileobj=raw, mode="w", format=ustar) as tar:
         for pieces, ids in _blocks(texts, found, limit, sizes):
             data, table = ids.astype(dtype).tobytes(), np.array(pieces, "<i8").tobytes()
             at = raw.tell()
@@ -124,7 +125,7 @@ def _write_shard(file: Path, texts: Iterator[str], found: tokenizer.Tokenizer, l
             first, last = pieces[0][0], pieces[-1][0]
             crc = zlib.crc32(table, zlib.crc32(data))
             blocks.append([at, raw.tell() - at, crc, first, last - first + 1, len(ids)])
-    with open(partial, "r+b") as raw:
+    with _named(file), open(partial, "r+b") as raw:
         os.fsync(raw.fileno())
         sha = hashlib.file_digest(raw, "sha256").hexdigest()
     os.replace(partial, file)
@@ -234,20 +235,27 @@ def _sample(files: Sequence[Path], options: Options, progress: Progress) -> Iter
         progress("training the tokenizer", read, total, size)
 
 
-def _finished(out: Path, asked: dict, told: list, files: Sequence[Path]) -> Manifest:
-    """The corpus that is there, if it is what was asked for."""
+def _finished(out: Path, asked: dict, told: list, files: Sequence[Path], tokens: str) -> Manifest:
+    """The corpus that is there, if it is what was asked for, with the tokenizer that was called `tokens`."""
     where = out / manifest.FILE
     there = manifest.parse(where.read_bytes(), str(where))
     way = "choose another --out, or delete it first"
     for key, value in asked.items():
-        if there.options.get(key) != value:
-            raise ValueError(f"{out} holds a corpus with {key} = {there.options.get(key)}, not {value}: {way}")
+        if (has := there.options.get(key)) != value:
+            if key == "tokenizer":
+                has, value = _called(str(has), there.tokenizer["name"]), _called(value, tokens)
+            raise ValueError(f"{out} holds a corpus with {key} = {has}, not {value}: {way}")
     if there.inputs != told:
         raise ValueError(f"{out} holds a corpus of {len(there.inputs)} other files than these {len(told)}: {way}")
     newer = [file for file in files if file.stat().st_mtime > where.stat().st_mtime]
     if newer:
         raise ValueError(f"{newer[0]} was changed after the corpus in {out} was written: {way}")
     return there
+
+
+def _called(asked: str, name: str) -> str:
+    """A tokenizer in a sentence: a hash alone says nothing."""
+    return asked if asked.startswith("trained ") else f"{name} {asked[:12]}"
 
 
 def _tidy(out: Path, shards: list[Shard]) -> None:
@@ -265,6 +273,8 @@ def _check(workers: int, train: int, tokens: str, options: Options) -> None:
     for flag, value in counts.items():
         if value < 1:
             raise ValueError(f"--{flag} {value}: must be at least 1")
+    if options.block_bytes < 4:
+        raise ValueError(f"--block-bytes {options.block_bytes}: must be at least 4, what a token may take")
     if train and tokens != "bytes":
         raise ValueError(f"--tokenizer {tokens} and --train-tokenizer {train} exclude each other")
 
@@ -289,8 +299,19 @@ def _loaded(folder: str, _hash: str) -> tokenizer.Tokenizer:
 def _write(file: Path, data: bytes) -> None:
     """All or nothing."""
     partial = file.with_suffix(".tmp")
-    with open(partial, "wb") as raw:
+    with _named(file), open(partial, "wb") as raw:
         raw.write(data)
         raw.flush()
         os.fsync(raw.fileno())
     os.replace(partial, file)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """What a full disk says names no file: let it name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise

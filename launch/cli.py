@@ -322,7 +322,10 @@ def _range(text: str) -> tuple[int, int]:
 def _size(text: str) -> int:
     """Bytes, with K, M or G for powers of 1024."""
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
-    return _count(text[:-1] if unit > 1 else text) * unit
+    try:
+        return _count(text[:-1] if unit > 1 else text) * unit
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of bytes above 0, like 4096, 64K or 16M") from None
 
 
 if __name__ == "__main__":

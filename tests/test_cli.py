@@ -64,7 +64,7 @@ def test_overrides_may_stand_before_and_after_flags():
     (["train", "run.toml", "--steps-now", "0"], "argument --steps-now: 0 must be an integer, at least 1"),
     (["generate", "run", "--top-p", "1.5"], "argument --top-p: 1.5 must be a number above 0 and at most 1"),
     (["generate", "run", "--temperature", "nan"], "argument --temperature: nan must be a number, 0 or more"),
-    (["prepare", "x", "--out", "y", "--block-bytes", "many"], "argument --block-bytes: many must be an integer"),
+    (["prepare", "x", "--out", "y", "--block-bytes", "many"], "many must be a number of bytes above 0, like 4096"),
     (["inspect", "x", "--documents", "2", "y"], "stepladder inspect: error: unknown arguments y"),
     ([], "the following arguments are required: COMMAND"),
 ])

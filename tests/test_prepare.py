@@ -1,6 +1,7 @@
 """stepladder prepare: whatever happens on the way, the same text gives the same bytes."""
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -13,11 +14,12 @@ import pytest
 import zstandard
 from corpora import jsonl, texts
 
-from stepladder.data import manifest
+from stepladder.data import manifest, tokenizer
+from stepladder.data import prepare as prepare_module
 from stepladder.data.manifest import Columns
 from stepladder.data.prepare import Options, prepare
 from stepladder.data.shards import Corpus
-from stepladder.launch import inspect
+from stepladder.launch import cli, inspect
 from stepladder.launch import prepare as program
 
 SMALL = Options(block_bytes=512, shard_bytes=4000)
@@ -110,6 +112,11 @@ def test_a_finished_corpus_is_kept_and_never_overwritten_by_another(tmp_path):
     assert prepare([source], out, options=SMALL).hash() == made.hash()
     with pytest.raises(ValueError, match="block_bytes = 512, not 600"):
         prepare([source], out, options=SMALL._replace(block_bytes=600))
+    with pytest.raises(ValueError, match=r"with tokenizer = bytes [0-9a-f]{12}, not trained 300: choose"):
+        prepare([source], out, options=SMALL, train=300)
+    prepare([source], tmp_path / "bpe", options=SMALL, train=300)
+    with pytest.raises(ValueError, match=r"with tokenizer = trained 300, not bytes [0-9a-f]{12}: choose"):
+        prepare([source], tmp_path / "bpe", options=SMALL)
     with pytest.raises(ValueError, match="other files"):
         prepare([jsonl(tmp_path / "other.jsonl", texts(3))], out, options=SMALL)
     later = out.joinpath("manifest.json").stat().st_mtime + 9
@@ -143,8 +150,6 @@ def test_only_documents_longer_than_a_block_are_cut(tmp_path):
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path, monkeypatch):
-    from stepladder.data import tokenizer
-
     monkeypatch.setattr(tokenizer.Tokenizer, "vocab", 70_000, raising=False)
     monkeypatch.setattr(tokenizer.Tokenizer, "__setattr__", lambda self, key, value: (
         None if key == "vocab" else object.__setattr__(self, key, value)))  # fmt: skip
@@ -158,7 +163,7 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path, monkeypatch):
     (b'{"text": "a"}\n\n{"text": 3}\n', r"in.jsonl:3: 'text' is int, not a string"),
     (b'{"text": "a"}\n{"text": "\xff"}\n', r"in.jsonl:2: not UTF-8"),
     (b'{"text": "a"}\n{"text": "b"\n', r"in.jsonl:2: not JSON"),
-    (b'[1]\n', r"in.jsonl:1: no key 'text' \(it is not an object\)"),
+    (b'[1]\n', r"in.jsonl:1: list, not an object with the key 'text'"),
     (b'{"text": "\\ud800"}\n', r"in.jsonl:1: half of a surrogate pair"),
     (b'\n{"text": ""}\n', r"no documents"),
     (b"", r"no documents"),
@@ -180,6 +185,7 @@ def test_bad_inputs_get_a_sentence(tmp_path):
     for inputs, message in (
         ([tmp_path / "empty"], "empty: the folder holds no files"),
         ([tmp_path / "none"], "none: no such file or folder"),
+        (["/dev/null"], "/dev/null: neither file nor folder"),
         ([text], "a.txt:3: not UTF-8"),
         ([packed], "b.jsonl.zst: not readable as zstd: it ends in the middle"),
         ([], "no inputs given"),
@@ -190,6 +196,30 @@ def test_bad_inputs_get_a_sentence(tmp_path):
         prepare([text], tmp_path / "out", tokens="x.json", train=300)
     with pytest.raises(ValueError, match="--workers 0"):
         prepare([text], tmp_path / "out", workers=0)
+    with pytest.raises(ValueError, match="--block-bytes 3: must be at least 4"):
+        prepare([text], tmp_path / "out", options=Options(block_bytes=3))
+
+
+@pytest.mark.parametrize("out", [".", "in"])
+def test_a_folder_that_would_be_left_out_whole_is_refused(tmp_path, monkeypatch, out):
+    jsonl(tmp_path / "in" / "a.jsonl", ["one"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"in lies in --out {out}, which is not read: name another --out"):
+        prepare(["in"], out)
+
+
+def test_a_full_disk_is_told_with_the_file_that_it_could_not_hold(tmp_path, monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = jsonl(tmp_path / "in.jsonl", texts(3))
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(["prepare", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert capsys.readouterr().err == f"stepladder: {tmp_path}/out/tokenizer.json: No space left on device\n"
+    monkeypatch.setattr(prepare_module, "_write", lambda *_: None)
+    monkeypatch.setattr(prepare_module, "_loaded", lambda *_: tokenizer.load("bytes"))
+    assert cli.main(["prepare", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert capsys.readouterr().err == f"stepladder: {tmp_path}/out/shard-00000.tar: No space left on device\n"
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
