@@ -69,7 +69,10 @@ def parting(runs: list[_Run]) -> str:
     for step in shared:
         if any(r.losses[step] != first.losses[step] for r in runs):
             apart = max(abs(r.losses[s] / first.losses[s] - 1) for r in runs for s in shared)
-            return f"losses are equal before step {step}, and differ by {apart:.1g} of themselves at most after it"
+            by = f"{apart:.1g} of themselves at most"
+            if step == shared[0]:
+                return f"losses differ from step {step} on, by {by}"
+            return f"losses are equal before step {step}, and differ by {by} from there on"
     return f"losses are equal, bit by bit, at all {len(shared)} steps that they share"
 
 

@@ -43,7 +43,7 @@ def test_the_step_at_which_losses_part_and_the_settings_that_differ_are_named(tm
     a, b = made(tmp_path / "a", [3.0, 2.5, 2.0, 1.5]), made(tmp_path / "b", [3.0, 2.5000001, 2.2], ranks=4, seed=7)
     assert cli.main(["compare", str(a), str(b), "--out", str(tmp_path / "x" / "y.png")]) == 0
     out = capsys.readouterr().out
-    assert "losses are equal before step 2, and differ by 0.1 of themselves at most after it" in out
+    assert "losses are equal before step 2, and differ by 0.1 of themselves at most from there on" in out
     rows = {cells[0]: cells[1:] for line in out.splitlines() if len(cells := line.split()) >= 3}
     assert rows["train.seed"] == ["0", "7"]
     assert rows["ranks"] == ["1", "4"]
@@ -51,6 +51,12 @@ def test_the_step_at_which_losses_part_and_the_settings_that_differ_are_named(tm
     assert rows["restarts"] == rows["faults"] == ["1", "1"]
     assert "loss at step 3      2.0000  2.2000" in out
     assert (tmp_path / "x" / "y.png").exists()
+
+
+def test_runs_that_differ_from_their_first_step_have_no_step_before_it(tmp_path, capsys):
+    a, b = made(tmp_path / "a", [3.0, 2.5]), made(tmp_path / "b", [3.3, 2.5])
+    assert cli.main(["compare", str(a), str(b)]) == 0
+    assert "losses differ from step 1 on, by 0.1 of themselves at most" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("given", "sentence"), [
