@@ -25,7 +25,7 @@ from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Ranks
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
-from stepladder.parallel.watch import BEAT, EXIT, HELD, LISTEN, SURE, LostRank, Watch, watch
+from stepladder.parallel.watch import BEAT, EXIT, HELD, SURE, LostRank, Watch, watch
 
 CPU = torch.device("cpu")
 LIMIT = 3.0
@@ -187,7 +187,7 @@ def clogged(rank: int, n: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 2:
             ctypes.PyDLL(None).usleep(int(1e6 * (SURE + 0.5)))
-        dist.all_reduce(x)
+        dist.recv(x, 1)
 
 
 def test_a_rank_that_says_nothing_for_a_while_is_not_blamed_for_the_death_of_another(tmp_path: Path) -> None:
@@ -200,10 +200,11 @@ def test_a_rank_that_says_nothing_for_a_while_is_not_blamed_for_the_death_of_ano
 
 
 def test_when_a_connection_breaks_the_one_that_is_gone_is_known_long_before_it_could_be_called_silent() -> None:
-    """Ranks that beat every two seconds hear of it, and then say quickly that they live."""
+    """Others that would not beat for long hear of it, and say quickly that they live."""
     words, three = dist.HashStore(), [Watch() for _ in range(3)]
     for rank, w in enumerate(three):
         w.start(Mesh(Parallel(), CPU, rank, 3), words, 60)
+        w.pause = 3 * BEAT
     three[1].ended.set()                              # it says nothing more
     began, broken = time.monotonic(), RuntimeError("Connection closed by peer [127.0.0.1]:1234")
     try:
@@ -211,7 +212,7 @@ def test_when_a_connection_breaks_the_one_that_is_gone_is_known_long_before_it_c
         assert cause is not None
         assert cause.startswith("rank 1 (pp 0, dp 1, tp 0, ep 0) has been silent for ")
         assert "; rank" not in cause
-        assert time.monotonic() - began < 0.7 * LISTEN * BEAT
+        assert time.monotonic() - began < 2 * BEAT
         three[0].stop(cause)
         began = time.monotonic()
         assert three[2]._cause(broken) == cause       # which need not find out by itself
