@@ -243,7 +243,7 @@ class Store:
         return copied
 
     def _write(self, step: int, agreement: Agreement, meta: str, copied: torch.cuda.Event | None) -> None:
-        """Every rank writes its file, then rank 0 publishes the checkpoint or takes it all back."""
+        """Every rank writes its file, then rank 0 publishes the checkpoint or all take it back."""
         temporary = self.folder / f"step-{step:08d}.tmp-{self.token}"
         try:
             entry: tuple[str, int, str] | str | None = None
@@ -260,6 +260,8 @@ class Store:
                 entry = f"rank {self.ranks.rank}: {error or type(error).__name__}"
             problem = self._publish(step, temporary, self.ranks.gather(entry), agreement, meta)
             problem = self.ranks.share(problem)
+            if problem is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
         except Exception as error:  # a rank is gone; training will notice too, and says more
             problem = f"lost another rank: {error}"
         if problem is None:
@@ -280,6 +282,8 @@ class Store:
                 files = {name: [size, checksum] for name, size, checksum in filter(None, entries)}
                 body = {"format": FORMAT, "step": step, "files": files, "meta": json.loads(meta)}
                 write_index(temporary, {**body, "tensors": agreement.tensors})
+                if reason := fault(temporary, parts=0):
+                    raise CheckpointError(f"{reason}; is the run folder the same one on all machines?")
                 if final.exists():  # broken, or of a future that this run has left behind
                     self._discard(final)
                 temporary.rename(final)
@@ -288,8 +292,6 @@ class Store:
                     self._discard(path)
         except Exception as error:  # as in _write: the others are waiting
             problem = str(error) or type(error).__name__
-        if problem is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         return problem
 
     def _discard(self, path: Path) -> None:
