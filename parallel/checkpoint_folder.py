@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import shutil
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,7 @@ FORMAT = 1
 INDEX = "checkpoint.json"
 ALIGN = 64  # bytes; a tensor in a mapped file must start at a multiple of its element size
 PIECE = 1 << 24  # bytes hashed and written at a time
+PAUSE = 0.5  # seconds before a file that could not be read is tried once more
 STEP = re.compile(r"step-(\d{8,})")
 FILE = re.compile(r"rank-\d{5,}\.bin")
 DTYPES = {
@@ -46,6 +48,10 @@ DTYPES = {
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, found or used as asked; one sentence that says why and what to do."""
+
+
+class Torn(CheckpointError):
+    """Bytes of a checkpoint are missing or are not those that were written: looking again will not help."""
 
 
 def valid(path: Path) -> str | None:
@@ -91,12 +97,20 @@ def superseded(folder: Path, step: int, keep_last: int, keep_every: int) -> list
     """The checkpoints that need not be kept once the one of step is written.
 
     Later ones are left alone: they are broken, or of a future that this run has left behind, and must not push the
-    present one out. Broken ones do not count as kept.
+    present one out. Torn ones do not count as kept. What cannot be read now, or not by us, may be sound, and stays.
     """
-    older = [path for path in steps(folder) if step_of(path) <= step]
-    whole = [path for path in older if fault(path, parts=0) is None]
+    whole, torn = [], []
+    for path in steps(folder):
+        if step_of(path) <= step:
+            try:
+                verify(path, parts=0)
+                whole.append(path)
+            except Torn:
+                torn.append(path)
+            except (OSError, CheckpointError):
+                continue
     kept = {*whole[:keep_last], *(path for path in whole if keep_every and step_of(path) % keep_every == 0)}
-    return [path for path in older if path not in kept]
+    return [path for path in whole + torn if path not in kept and step_of(path) < step]
 
 
 def sweep(folder: Path, token: str) -> None:
@@ -108,22 +122,34 @@ def sweep(folder: Path, token: str) -> None:
 
 def fault(path: Path, part: int = 0, parts: int = 1) -> str | None:
     """As `valid`, but of the checksums only those of files part, part + parts, ...; none if parts is 0."""
+    for pause in (PAUSE, 0):
+        try:
+            verify(path, part, parts)
+        except CheckpointError as error:
+            return str(error)
+        except OSError as error:  # such as that of a server which has just changed
+            reason = str(error)
+            time.sleep(pause)
+        else:
+            return None
+    return reason
+
+
+def verify(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Raises Torn, an OSError if a file cannot be read now, or CheckpointError. part, parts: as in `fault`."""
+    files = sorted(read_index(path)["files"].items())
     try:
-        files = sorted(read_index(path)["files"].items())
         for name, (size, _) in files:
             if (found := (path / name).stat().st_size) != size:
-                return f"{path / name} has {found} bytes instead of {size}"
+                raise Torn(f"{path / name} has {found} bytes instead of {size}")
         mine = files[part::parts] if parts else []
         with ThreadPoolExecutor(4) as pool:  # crc32 lets go of the interpreter lock
             found = list(pool.map(_checksum, [path / name for name, _ in mine]))
-        for (name, (_, checksum)), now in zip(mine, found, strict=True):
-            if now != checksum:
-                return f"{path / name} has checksum {now} instead of {checksum}"
     except FileNotFoundError as error:
-        return f"{error.filename} is missing"
-    except (OSError, CheckpointError) as error:
-        return str(error)
-    return None
+        raise Torn(f"{error.filename} is missing") from None
+    for (name, (_, checksum)), now in zip(mine, found, strict=True):
+        if now != checksum:
+            raise Torn(f"{path / name} has checksum {now} instead of {checksum}")
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -132,11 +158,11 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         head, _, body = file.read_text().partition("\n")
     except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; {path} is not a checkpoint") from None
+        raise Torn(f"{file} is missing; {path} is not a checkpoint") from None
     except UnicodeDecodeError:
         head = body = ""
     if head != _seal(body):
-        raise CheckpointError(f"{file} is damaged: it does not have the checksum in its first line")
+        raise Torn(f"{file} is damaged: it does not have the checksum in its first line")
     index = json.loads("{" + body)
     if index["format"] != FORMAT:
         raise CheckpointError(

@@ -1,8 +1,10 @@
 """What a run can rely on when it saves, dies and comes back."""
 
 import argparse
+import errno
 import os
 import pickle
+import re
 import resource
 import signal
 import threading
@@ -221,6 +223,53 @@ def test_a_broken_checkpoint_does_not_count_as_one_of_the_last(tmp_path):
     file.write_bytes(file.read_bytes()[1:])
     save(store, 3)
     assert step_folders(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def unreadable(monkeypatch, path: Path, times: int) -> list[int]:
+    """The index of path cannot be read the next times; how often that happened."""
+    happened, read = [0], checkpoint_folder.read_index
+
+    def read_index(of):
+        if of == path and happened[0] < times:
+            happened[0] += 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return read(of)
+
+    monkeypatch.setattr(checkpoint_folder, "read_index", read_index)
+    monkeypatch.setattr(checkpoint_folder, "PAUSE", 0)
+    return happened
+
+
+def test_checkpoints_that_cannot_be_read_now_or_by_us_are_not_removed(tmp_path, monkeypatch):
+    store = Store(tmp_path, keep_last=2)
+    save(store, 1)
+    save(store, 2)
+    other = store.folder / "step-00000001"
+    checkpoint_folder.write_index(other, checkpoint_folder.read_index(other) | {"format": 2})
+    happened = unreadable(monkeypatch, store.folder / "step-00000002", 1)
+    save(store, 3)
+    assert happened == [1]
+    assert [int(name[5:]) for name in step_folders(tmp_path)] == [1, 2, 3]
+    save(store, 4)  # it can be read again, and has its turn
+    assert [int(name[5:]) for name in step_folders(tmp_path)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(("times", "taken"), [(1, 2), (2, 1)])
+def test_a_checkpoint_that_cannot_be_read_is_tried_once_more(tmp_path, monkeypatch, times, taken):
+    store = Store(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    happened = unreadable(monkeypatch, store.folder / "step-00000002", times)
+    assert store.newest() == store.folder / f"step-{taken:08d}"
+    assert happened == [times]
+
+
+def test_what_was_just_saved_is_not_superseded_whatever_became_of_it(tmp_path):
+    store = Store(tmp_path)
+    save(store, 1)
+    (store.folder / "step-00000001" / "rank-00000.bin").unlink()
+    assert checkpoint_folder.superseded(store.folder, 1, 1, 0) == []
+    assert checkpoint_folder.superseded(store.folder, 2, 1, 0) == [store.folder / "step-00000001"]
 
 
 def test_a_second_program_is_refused_the_run_folder(tmp_path):
@@ -495,3 +544,19 @@ def save_on_a_disk_full_for_one(rank, n, run):
 def test_one_ranks_full_disk_is_everyones_failed_save(tmp_path):
     ranks.run(2, save_on_a_disk_full_for_one, str(tmp_path))
     assert step_folders(tmp_path) == ["step-00000001"]
+
+
+def save_in_a_folder_of_its_own(rank, n, run):
+    store, state = Store(Path(run) / str(rank)), labelled(rank, n)
+    for step in (1, 2):
+        store.save(step, state, {}, shapes=shapes(state))
+    store.finish()
+    assert store.saved is None
+    assert len(store.failures) == 2
+    missing = r"rank-00001.bin is missing; is the run folder the same one on all machines\?\); the checkpoints before"
+    assert re.search(missing, store.failures[0])
+    assert not any(store.folder.iterdir())
+
+
+def test_a_run_folder_that_is_not_shared_is_a_failed_save(tmp_path):
+    ranks.run(2, save_in_a_folder_of_its_own, str(tmp_path))
