@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -50,13 +51,14 @@ class Block(nn.Module):
     def forward(self, s: Stream, ctx: Context, state: Any = None) -> Stream:
         foreseen = self.channel.foresee(s.route)
         s, arrived = s.arrive(self.lag[0])
-        h, y = _run(self.recompute[0], self.mix, s.h, arrived, ctx, state)
+        h, y = _run(self.token_comm.again if self.recompute[0] else None, self.mix, s.h, arrived, ctx, state)
         s = s._replace(h=h)
         joint = self.lag == (0, 1)            # both outputs are made from the same h and travel as one
         if not joint:
             s = s.write(self.token_comm.leave(y))
         s, arrived = s.arrive(self.lag[1])
-        h, z, plan = _run(self.recompute[1], self.feed, s.h, arrived, s.route, foreseen)
+        again = self.channel_comm.again if self.recompute[1] else None
+        h, z, plan = _run(again, self.feed, s.h, arrived, s.route, foreseen)
         s = s._replace(h=h, route=plan.route, stats=s.stats if plan.stats is None else (*s.stats, plan.stats))
         return s.write(self.channel_comm.leave(self.channel.deliver(z, plan), also=y if joint else None))
 
@@ -75,12 +77,15 @@ class Block(nn.Module):
         return h, self.channel_comm.work(self.channel, x, plan.way), plan
 
 
-def _run(recompute: bool, f: Callable[..., Any], h: Tensor, arrived: tuple[Tensor, ...], *args: Any) -> Any:
-    if not recompute:
+def _run(again: Callable[[], AbstractContextManager[Any]] | None, f: Callable[..., Any], h: Tensor,
+         arrived: tuple[Tensor, ...], *args: Any) -> Any:
+    """f(h, arrived, *args), which the backward repeats within again()."""
+    if again is None:
         return f(h, arrived, *args)
     # It starts at the norm: under sequence parallel the gathered input must not be what is saved. The sum is done
     # before, so that one tensor is saved and not two.
-    return checkpoint(f, sum(arrived, h), (), *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(f, sum(arrived, h), (), *args, use_reentrant=False, preserve_rng_state=False,
+                      context_fn=lambda: (nullcontext(), again()))
 
 
 class Embedding(Leaf):

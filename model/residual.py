@@ -7,6 +7,7 @@ mixer side by side and their outputs travel as one, (1, 1) is ladder residual (a
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -31,6 +32,10 @@ class Comm(Protocol):
 
     def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
         """run(s), beside the mixers' own lane where the machine has two."""
+        ...
+
+    def again(self) -> AbstractContextManager[Any]:
+        """Around what is computed again in the backward: the lane that aside() ran it on."""
         ...
 
     def enter(self, x: Tensor) -> Pending:
@@ -59,6 +64,9 @@ class OneRank:
 
     def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
         return run(s)
+
+    def again(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def enter(self, x: Tensor) -> Pending:
         return Ready(x)

@@ -66,8 +66,9 @@ class Lanes:
 
     @contextlib.contextmanager
     def front(self, *needs: Any) -> Iterator[None]:
-        """Back to the front lane; with `needs`, once the side lane has made them."""
-        if self.side is None or self.main is None:
+        """Back to the front lane; with `needs`, once the side lane has made them. Who is not beside is there already:
+        before aside() that need not be the lane of the pass before, whose passes may be recorded."""
+        if self.side is None or self.main is None or not self.beside():
             yield
             return
         if needs:
@@ -75,6 +76,11 @@ class Lanes:
             _used_by(self.main, needs)
         with torch.cuda.stream(self.main):
             yield
+
+    def again(self) -> contextlib.AbstractContextManager[Any]:
+        """Where a sublayer is computed again: where it was. Autograd would do it on the lane of the first node that
+        asks for what was not saved, and has no lane wait for a saved tensor that another made."""
+        return contextlib.nullcontext() if self.side is None else torch.cuda.stream(self.side)
 
     def sublayer(self, name: str) -> None:
         """The next sublayer begins here."""

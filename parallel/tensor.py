@@ -11,6 +11,7 @@ Each column is the other's backward. parallel/flight.py says when they start and
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +134,9 @@ class TensorComm:
     def aside(self, run: Callable[[Stream], Stream], s: Stream) -> Stream:
         return self.lanes.aside(run, s)
 
+    def again(self) -> AbstractContextManager[Any]:
+        return self.lanes.again()
+
     def enter(self, x: Tensor) -> Pending:
         self.lanes.sublayer(self.name)
         if self.ranks is None:
@@ -162,7 +166,8 @@ class OwnTokens:
 
     def __init__(self, stream: TensorComm):
         self.stream, self.lanes, self.ranks, self.name = stream, stream.lanes, stream.ranks, stream.name
-        self.work, self.aside, self.total, self.highest = stream.work, stream.aside, stream.total, stream.highest
+        self.work, self.aside, self.again = stream.work, stream.aside, stream.again
+        self.total, self.highest = stream.total, stream.highest
         self.divided = stream.divided
 
     def enter(self, x: Tensor) -> Pending:
@@ -173,7 +178,7 @@ class OwnTokens:
     def leave(self, y: Tensor | Pending, also: Tensor | None = None) -> Pending:
         assert not isinstance(y, Tensor)
         if also is not None:        # a share of all tokens: own rows are placed in it, and one collective sums both
-            with self.lanes.front():
+            with self.lanes.front(y):               # the weights of its rows were made beside
                 mine = y.wait()
                 if not self.whole() or self.stream.sequence:
                     assert self.ranks is not None
