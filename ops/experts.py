@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepladder.ops.attach import attach
-from stepladder.ops.linear import linear
+from stepladder.ops.linear import linear, promote
 
 
 class _Rows(torch.autograd.Function):
@@ -88,8 +88,9 @@ class Choice(NamedTuple):
     balance: Tensor        # () the balance loss; without gradients
 
 
-def score(logits: Tensor, bias: Tensor | None, k: int, kind: str) -> Scores:
-    """logits (B, T, E); bias (E,) is added to the scores for choosing only."""
+def score(x: Tensor, w: Tensor | None, bias: Tensor | None, k: int, kind: str) -> Scores:
+    """x (B, T, D) and a router's w (E, D), or logits (B, T, E) and none; bias (E,) is added for choosing only."""
+    logits = x if w is None else linear(promote(x), w)
     scores = logits.softmax(-1) if kind == "softmax" else logits.sigmoid()
     known = scores.detach()
     ids = (known if bias is None else known + bias).topk(k, -1).indices
@@ -109,9 +110,10 @@ def choose(scores: Scores, counts: Tensor, balance: float, z_loss: float) -> Cho
     return Choice(scores.ids, weights, scores.counts.sum(0), scores.entropy, loss.detach())
 
 
-def route(logits: Tensor, bias: Tensor | None, k: int, kind: str, balance: float, z_loss: float) -> Choice:
+def route(x: Tensor, w: Tensor | None, bias: Tensor | None, k: int, kind: str, balance: float,
+          z_loss: float) -> Choice:
     """Both, of whole sequences."""
-    scores = score(logits, bias, k, kind)
+    scores = score(x, w, bias, k, kind)
     return choose(scores, scores.counts, balance, z_loss)
 
 

@@ -13,6 +13,7 @@ from stepladder.model.channel.moe import Mixer as MoE
 from stepladder.model.config import ModelConfig
 from stepladder.model.context import Context
 from stepladder.model.decoder import Decoder, blocks
+from stepladder.ops.linear import linear
 from stepladder.parallel.build import build
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
@@ -30,9 +31,9 @@ def outputs(model: Decoder, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     routed: list[Tensor] = []
     for block in blocks(model):
         if isinstance(block.channel, MoE):
-            def choose(logits: Tensor, mixer: MoE = block.channel) -> object:
-                routed.append(logits)
-                return MoE.choose(mixer, logits)
+            def choose(x: Tensor, w: Tensor | None = None, mixer: MoE = block.channel) -> object:
+                routed.append(x if w is None else linear(x, w))
+                return MoE.choose(mixer, x, w)
             block.channel.choose = choose  # pyright: ignore[reportAttributeAccessIssue]
     return model.finish(model(tokens, Context.plain(tokens.shape[0], T)))[0], routed
 

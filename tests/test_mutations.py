@@ -154,9 +154,9 @@ def auxiliary_losses_totalled() -> None:
     """Every rank attaches the sum over ranks: what a total for the log, attached by mistake, does."""
     choose, attach = moe.Mixer.choose, experts.attach
 
-    def mutated(self: moe.Mixer, logits: Tensor) -> Any:
+    def mutated(self: moe.Mixer, x: Tensor, w: Tensor | None = None) -> Any:
         experts.attach = lambda x, loss: attach(x, self.comm.total(loss))
-        return choose(self, logits)
+        return choose(self, x, w)
     moe.Mixer.choose = mutated
 
 

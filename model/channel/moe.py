@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,23 +187,26 @@ class Mixer(ChannelMixer):
 
     def plan(self, x: Pending, route: tuple[Tensor, ...], foreseen: Foreseen | None = None) -> Plan:
         tokens = x.wait()
-        logits, *later = (*route, *(router(tokens) for router in self.routers))
-        announced, (ids, weights, *stats) = foreseen or self._foresee(logits)
+        routers = [*self.routers]
+        foreseen = foreseen or self.foresee(route) or self._foresee(tokens, cast(Router, routers.pop(0)).w)
+        announced, (ids, weights, *stats) = foreseen
+        later = (*route[1:], *(router(tokens) for router in routers))
         rows, order, inverse = self.fast(experts.send)(tokens, ids, self.spec.experts)
         rows, ends, exchanged = self.experts.exchange.dispatch(rows, announced)
-        return Plan(tuple(later), Stats(*stats), Way(rows, ends),
+        return Plan(later, Stats(*stats), Way(rows, ends),
                     Back(exchanged, order, inverse, weights, tokens.shape))
 
-    def _foresee(self, logits: Tensor) -> Foreseen:
-        choice = self.choose(logits)
+    def _foresee(self, x: Tensor, w: Tensor | None = None) -> Foreseen:
+        choice = self.choose(x, w)
         return Foreseen(self.experts.exchange.announce(choice.load), choice)
 
-    def choose(self, logits: Tensor) -> experts.Choice:
-        """logits (B, T, E) -> experts of each token, and the auxiliary losses. One piece where no sum lies between."""
+    def choose(self, x: Tensor, w: Tensor | None = None) -> experts.Choice:
+        """x (B, T, D) and a router's w, or logits (B, T, E) -> experts of each token, and the auxiliary losses: in one
+        piece, if no sum over ranks lies between."""
         spec, bias = self.spec, self.bias if self.spec.bias_rate else None
         if not self.comm.divided:
-            return self.fast(experts.route)(logits, bias, spec.top_k, spec.score, spec.balance, spec.z_loss)
-        scores = self.fast(experts.score)(logits, bias, spec.top_k, spec.score)
+            return self.fast(experts.route)(x, w, bias, spec.top_k, spec.score, spec.balance, spec.z_loss)
+        scores = self.fast(experts.score)(x, w, bias, spec.top_k, spec.score)
         return self.fast(experts.choose)(scores, self.comm.total(scores.counts), spec.balance, spec.z_loss)
 
     def forward(self, x: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
