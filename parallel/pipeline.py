@@ -16,12 +16,14 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
+from torch.nn import functional as F
 
 from stepladder.model.config import ModelConfig
 from stepladder.model.context import Context
 from stepladder.model.decoder import Decoder
 from stepladder.model.residual import Ready, Stats, Stream
 from stepladder.ops.linear import Put, catch_up, put_off
+from stepladder.ops.loss import IGNORE
 from stepladder.parallel.graph import Captured
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.watch import watch
@@ -181,7 +183,7 @@ class Pipe:
                         module.reshard()
         nll, stats = zip(*(stage.take() for stage in self.stages), strict=True)
         last = self.stages[-1].last
-        count = sum((m.targets >= 0).sum() for m in micros) if last else torch.zeros_like(nll[-1])
+        count = sum((m.targets != IGNORE).sum() for m in micros) if last else torch.zeros_like(nll[-1])
         return Result(loss, nll[-1], torch.as_tensor(count), tuple(chain.from_iterable(stats)))
 
     def _alone(self, micros: Sequence[Micro], train: bool) -> Tensor:
@@ -222,7 +224,9 @@ class Pipe:
         if (starts := [m.start for m in micros if m.start is not None]):
             rows["start"] = torch.cat(starts)
         if (offsets := [m.borders for m in micros if m.borders is not None]):
-            rows["borders"] = torch.stack(offsets)
+            longest = max(map(len, offsets))           # a micro-batch of many documents has a longer list of them
+            rows["borders"] = torch.stack([F.pad(o, (0, longest - len(o)), value=micros[0].tokens.numel())
+                                           for o in offsets])
         losses: list[Tensor] = []
         run = schedule.step if train else schedule.eval
         args = (tokens,) if self.stages[0].first else ()

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from stepladder.launch import timeline
 from stepladder.launch.timeline import Box
 from stepladder.model.config import ModelConfig
+from stepladder.model.context import Context, borders
 from stepladder.model.decoder import costs, flops, parameters
 from stepladder.ops.linear import Put, catch_up, linear, put_off
 from stepladder.parallel import pipeline
@@ -68,6 +70,29 @@ def test_tied_embeddings_of_two_stages_get_one_gradient(schedule: str, n: int, m
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_four_stage_ranks(schedule: str) -> None:
     same(piped(schedule, pp=4), 4, CELLS[1:2], {"tied": True, "layers": 8})
+
+
+def bordered(rank: int, n: int, every: tuple[int, ...]) -> list[list[int]]:
+    parts = build(tiny.config(), Mesh(piped("1f1b"), CPU, rank, n), seed=0, dtype=torch.float64)
+    micros = [tiny.micro(1, 256, seed=i, every=e) for i, e in enumerate(every)]
+    own = [(m.start, borders(m.start)) for m in micros if m.start is not None]
+    seen, packed = [], Context.packed
+
+    def look(start: Tensor, got: Tensor) -> Context:
+        i, want = next((i, want) for i, (at, want) in enumerate(own) if torch.equal(start, at))
+        assert torch.equal(got[:len(want)], want)
+        seen.append([i, *got[len(want):].tolist()])
+        return packed(start)
+
+    pipeline.Context = SimpleNamespace(packed=look)  # pyright: ignore
+    parts.pipe([m._replace(borders=want) for m, (_, want) in zip(micros, own, strict=True)])
+    return seen
+
+
+def test_micro_batches_of_unequal_numbers_of_documents_go_through_a_pipeline() -> None:
+    """As many borders as the one with most: the others' are filled up with the end of the rows."""
+    for seen in ranks.run(2, bordered, (7, 2)):
+        assert sorted(map(tuple, seen)) == [(0, *[256] * 192), (1,)]
 
 
 def by_edges(rank: int, n: int, schedule: str) -> tuple[list[str], list[tuple[int, int]]]:
@@ -187,7 +212,7 @@ def test_nothing_is_put_off_outside_of_the_pipeline() -> None:
 
 # Training: evaluation, optimizer, checkpoint
 
-def steps(rank: int, n: int, layout: Parallel, out: Path, load: str | None, save: str | None) -> list[tuple[Any, ...]]:
+def steps(rank: int, n: int, layout: Parallel, out: Path, load: str | None, save: str | None) -> list[Any]:
     """Two steps with an evaluation between them, after reading and before writing a checkpoint."""
     mesh = Mesh(layout, CPU, rank, n)
     parts = build(tiny.config("gla0", "moe1", "ladder", tied=True), mesh, seed=5, dtype=torch.float64)
