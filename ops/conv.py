@@ -43,7 +43,7 @@ def activated(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor 
     computed in fp32; the torch form's results are promoted.
     """
     check(x, w, start, before)
-    sizes = [*sizes] or [x.shape[2]]
+    w, sizes = w.to(x.dtype), [*sizes] or [x.shape[2]]      # as FSDP has cast them already
     lengths = [*lengths] + [0.0] * (len(sizes) - len(lengths))
     if sum(sizes) != x.shape[2] or len(lengths) != len(sizes) or (any(lengths) and any(n % head for n in sizes[:-1])):
         raise ValueError(f"parts of {sizes} channels with heads of {head} at lengths {lengths} do not go with "

@@ -40,13 +40,13 @@ def put_off(later: list[Put]) -> Iterator[None]:
 def catch_up(later: list[Put]) -> None:
     """Add the gradients put off to their weights' own."""
     for w, g, x in later:
-        dw = _weight_gradient(g, x, w.dtype)
+        dw = weight_gradient(g, x, w.dtype)
         w.grad = dw if w.grad is None else w.grad.add_(dw)
 
 
-def _weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """It leaves the accumulators in the weight's precision: rounding it to bf16 on the way would cost digits, and a
-    pass over every weight."""
+def weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """g (N, O) and x (N, I) -> g^T x (O, I), which leaves the accumulators in the weight's precision: rounding it to
+    bf16 on the way would cost digits, and a pass over every weight."""
     if x.is_cuda and x.dtype != dtype == torch.float32:
         return torch.mm(g.t(), x, out_dtype=torch.float32)
     return (g.t() @ x).to(dtype)
@@ -68,7 +68,7 @@ class _Product(torch.autograd.Function):
         if ctx.later is not None:
             ctx.later.append(Put(ctx.leaf, rows, x.flatten(0, -2)))
             return dx, None, None
-        return dx, _weight_gradient(rows, x.flatten(0, -2), w.dtype), None
+        return dx, weight_gradient(rows, x.flatten(0, -2), w.dtype), None
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:

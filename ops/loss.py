@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepladder.ops.compiled import compiled as fast
-from stepladder.ops.linear import promote
+from stepladder.ops.linear import promote, weight_gradient
 
 IGNORE = -100
 Reduce = Callable[[Tensor], Tensor]
@@ -38,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
             if learn:
                 d = gradient(logits, t - first, lse, live, z_loss)
                 torch.mm(d, w, out=dx[at:at + chunk])
-                dw += d.t() @ xs
+                dw += weight_gradient(d, xs, dw.dtype)
         ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(nll)
         return loss + nll, nll

@@ -83,7 +83,7 @@ def test_two_runs_are_bitwise_the_same() -> None:
 
 def test_the_torch_form_is_what_mixers_did_by_themselves() -> None:
     x, w, start, before, bias = inputs(21, 24, 4, [3, 9], HALF).values()
-    y, after = conv.causal(x.float(), w, start, before, bias)
+    y, after = conv.causal(x.float(), w.to(HALF), start, before, bias)
     y = torch.nn.functional.silu(y)
     q, k, v = y.split([8, 8, 8], -1)
     got = conv.activated(x, w, start, before, bias, (8, 8, 8), (8**-0.5, 1), 4)

@@ -62,6 +62,14 @@ def test_convolution_equals_a_loop_over_tokens(start: str) -> None:
         agree(conv.causal, taps, *conv_inputs(T, W, start), randn(3, seed=4))
 
 
+def test_a_convolution_computes_in_its_inputs_type_whether_fsdp_has_cast_the_taps_or_not() -> None:
+    x, w, start, before = conv_inputs(9, 4, [*STARTS][-1])
+    x, before, w = x.bfloat16(), before.bfloat16(), w.float()
+    for ours, fsdps in zip(conv.activated(x, w, start, before), conv.activated(x, w.bfloat16(), start, before),
+                           strict=True):
+        assert torch.equal(ours, fsdps)
+
+
 def test_convolution_is_torchs_own() -> None:
     x, w, start, before = conv_inputs(9, 4, "one long document")
     want = F.conv1d(x.mT, w.unsqueeze(1), randn(3, seed=4), padding=3, groups=3)[..., :9].mT
