@@ -38,7 +38,10 @@ class _Run:
         self.path, self.records, self.told = path, plot.read(path), events.read(path)
         if not (path / "config.toml").is_file():
             raise ValueError(f"{path} has no config.toml; name the folder of a run that has trained")
-        self.config = flat(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+        try:
+            self.config = flat(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path / 'config.toml'} is torn ({error}); a resume of the run writes it anew") from None
         self.losses = {r["step"]: r["loss"] for r in self.records if r.get("loss") is not None}
 
 

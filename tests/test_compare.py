@@ -59,6 +59,15 @@ def test_runs_that_differ_from_their_first_step_have_no_step_before_it(tmp_path,
     assert "losses differ from step 1 on, by 0.1 of themselves at most" in capsys.readouterr().out
 
 
+def test_a_torn_configuration_is_named(tmp_path, capsys):
+    a, b = made(tmp_path / "a", [3.0]), made(tmp_path / "b", [3.0])
+    (b / "config.toml").write_text("[train]\nsteps")
+    assert cli.main(["compare", str(a), str(b)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"stepladder: {b}/config.toml is torn (")
+    assert err.endswith("; a resume of the run writes it anew\n")
+
+
 @pytest.mark.parametrize(("given", "sentence"), [
     (["a"], "a alone compares with nothing; name another run, or look at it with stepladder plot"),
     (["a", "nowhere"], "nowhere has no metrics.jsonl; name the folder of a run that has trained"),
