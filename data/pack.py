@@ -142,7 +142,8 @@ class Lane:
             looked += 1
             if place.block == len(self._order(feed, place.epoch)):
                 if looked > place.block:
-                    raise ValueError(f"source {feed.name!r}: lane {self.number} cannot read any document of an epoch")
+                    raise ValueError(f"source {feed.name!r}: lane {self.number} cannot read any document of an epoch; "
+                                     "prepare or copy its shards again")  # fmt: skip
                 place.epoch, place.block = place.epoch + 1, 0
         self._document = found[place.document]
         self.open = feed.name

@@ -45,7 +45,7 @@ class ShardError(ValueError):
         return f"{self.shard}: {self.what} at byte {self.offset}"
 
     def __str__(self) -> str:
-        return f"{self.fault}; {self.way}, or set on_error to skip"
+        return f"{self.fault}; {self.way}, or train with data.on_error=skip"
 
 
 class Block(NamedTuple):

@@ -144,7 +144,7 @@ def test_a_shard_that_cannot_be_read_is_named_before_training(before_work, monke
     harm(monkeypatch)
     sentence = before_work()
     assert sentence.startswith(f"{SHARD}: {says}")
-    assert sentence.endswith("prepare or copy it again, or set on_error to skip")
+    assert sentence.endswith("prepare or copy it again, or train with data.on_error=skip")
 
 
 def test_a_block_that_is_corrupt_inside_stops_the_run_or_is_skipped(refused, train):
