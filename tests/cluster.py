@@ -130,8 +130,8 @@ class Cluster:
         return done.stdout
 
     def submit(self, script: Path, *options: str) -> str:
-        """The job's number."""
-        return self.call("sbatch", "--parsable", *options, str(script), cwd=script.parent).strip()
+        """The job's number. The user's umask protects nothing."""
+        return self.call("sbatch", "--parsable", *options, str(script), cwd=script.parent, umask=0).strip()
 
     def job(self, number: str) -> dict[str, str]:
         words = self.call("scontrol", "-o", "show", "job", number).split()

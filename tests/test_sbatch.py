@@ -159,6 +159,16 @@ def test_a_submitted_job_says_where_its_logs_go_and_a_refused_one_does_not(capsy
     assert (f"its logs go to {logs}; " in capsys.readouterr().out) is takes
 
 
+@pytest.mark.parametrize("name", ["generate", "prepare"])
+def test_what_a_job_writes_is_not_the_whole_worlds_to_change(tmp_path: Path, name: str):
+    """Of train.sbatch, test_slurm.py: test_the_run_folder_says_what_ran_and_no_secrets."""
+    (tmp_path / "srun").write_text("#!/bin/bash\numask\n")
+    (tmp_path / "srun").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_CPUS_ON_NODE": "1"}
+    script = slurm.ROOT / "slurm" / f"{name}.sbatch"
+    assert subprocess.run(["bash", script], env=env, umask=0, capture_output=True, text=True).stdout == "0002\n"
+
+
 @pytest.mark.parametrize("script", sorted((slurm.ROOT / "slurm").glob("*.sbatch")), ids=lambda path: path.stem)
 def test_every_job_is_bash_with_its_options_on_top(script: Path):
     subprocess.run(["bash", "-n", str(script)], check=True)
