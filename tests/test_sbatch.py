@@ -159,6 +159,19 @@ def test_a_submitted_job_says_where_its_logs_go_and_a_refused_one_does_not(capsy
     assert (f"its logs go to {logs}; " in capsys.readouterr().out) is takes
 
 
+@pytest.mark.parametrize(("change", "is_new"), [
+    ("true", False), ("mkdir step-00000910", True), ("rm -r step-00001000", False),
+    ("mkdir step-00000910.tmp-ab", False), ("mkdir next; rm -r step-00001000; mv next step-00001000", True)])
+def test_a_checkpoint_is_progress_if_it_was_not_there_before(tmp_path: Path, change: str, is_new: bool):
+    """Also before one that is torn, and in its place."""
+    folder = tmp_path / "a run" / "checkpoints"
+    for step in ("00000900", "00001000"):
+        (folder / f"step-{step}").mkdir(parents=True)
+    lines = [line for line in slurm.TEMPLATE.read_text().splitlines() if line.startswith(("saves() ", "new() "))]
+    asks = [f"FOLDER='{folder.parent}'", *lines, "before=$(saves)", f"cd '{folder}'; {change}", "new"]
+    assert subprocess.run(["bash", "-c", "\n".join(asks)]).returncode == (0 if is_new else 1)
+
+
 @pytest.mark.parametrize("name", ["generate", "prepare"])
 def test_what_a_job_writes_is_not_the_whole_worlds_to_change(tmp_path: Path, name: str):
     """Of train.sbatch, test_slurm.py: test_the_run_folder_says_what_ran_and_no_secrets."""
