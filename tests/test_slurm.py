@@ -212,6 +212,33 @@ def test_a_job_starts_again_without_the_nodes_that_are_unfit(nodes, job, tmp_pat
         assert re.fullmatch(rf"n2 its disk is full \(job {number}, [-:T\d]+\)\n", excluded)
 
 
+BLAMES = """[ "$1" = check ] || exit 3
+[ $n != 0 ] || exit 1                   # without a word
+touch checking-$n-$SLURM_PROCID
+[ $SLURM_PROCID = 0 ] || exec sleep 60
+while [ "$1" != --bad ]; do shift; done
+trap 'echo n2 is silent >"$2"; exit 1' TERM
+sleep 60 & wait"""
+
+
+@needs_slurm
+def test_a_check_that_says_nothing_or_is_cut_off_finds_no_node_unfit(nodes, job, tmp_path):
+    """With grace only the tasks are told, by scancel the job too. A check makes no checkpoint."""
+    nodes.call("scontrol", "update", "partitionname=low", "GraceTime=20")
+    number = job(BLAMES, CHECK=["--gib", "0"])
+    for restart in (1, 2):
+        nodes.wait(number, "RUNNING", 20, restarts=restart)
+        nodes._wait("the check", lambda: len([*tmp_path.glob(f"run/checking-{restart}-*")]) == 2, 20)  # noqa: B023
+        if restart == 1:
+            nodes.call("srun", "--partition=high", "--nodes=3", "--exclusive", "true")
+    nodes.call("scancel", number)
+    nodes.wait(number, "CANCELLED", 20)
+    nodes._wait("its last word", lambda: "cancelled, or preempted" in (tmp_path / "log").read_text(), 10)
+    said = re.findall(r"the check named no node; .*, code (\d+): requeued", (tmp_path / "log").read_text())
+    assert said == ["1", "143"]
+    assert not (tmp_path / "run" / "slurm" / "excluded").exists()
+
+
 @needs_slurm
 @pytest.mark.parametrize(("settings", "says"), [
     ({"RUN": "no.toml"}, r"not started: n\d has no no.toml; mend RUN or BIN in this script"),
