@@ -1,4 +1,4 @@
-"""Ranks agree before they work: on the run and the code at the start, on the batches in the first steps.
+"""Ranks agree before they work: that all have come, on the run and the code, and on the batches of the first steps.
 
 They speak through the store that brings them together, not through collectives: those of a GPU group need the GPU, and
 ranks that differ might not start the same ones.
@@ -35,30 +35,85 @@ class Disagreement(ValueError):
     """Ranks that were not started alike."""
 
 
+class Missing(Disagreement):
+    """Ranks that did not come, or went."""
+
+    passing = True         # started again, they may come
+
+
+class _Over(Missing):
+    """A start that rank 0 gave up for another."""
+
+
+KINDS = {kind.__name__: kind for kind in (Disagreement, Missing, _Over)}
+
+
+def on_the_start(store: dist.Store, rank: int, size: int, minutes: float) -> dist.Store:
+    """Wait for all ranks; the part of a store in which they speak, and nobody did before.
+
+    torchrun's store outlives its workers, and no variable says which start this is: every agent counts for itself. So
+    starts are numbered in the store. Rank 0 opens the first that is not open; the one before it is then over, also for
+    ranks that came too early and took it for theirs. The others come to the first that is open and not over.
+    """
+    starts = (dist.PrefixStore(f"start/{number}", store) for number in itertools.count(1))
+    if rank == 0:
+        own = last = next(starts)
+        while own.check(["open"]):
+            last, own = own, next(starts)
+        if own is not last and not last.check(["verdict"]):
+            last.set("verdict", json.dumps([_Over.__name__, "rank 0 was started again"]))
+        own.set("open", "")
+        _consult(own, rank, size, "", lambda words: None, minutes)
+        return own
+    for own in starts:
+        _wait(own, "open", minutes)
+        if not own.check(["verdict"]):
+            with contextlib.suppress(_Over):
+                _consult(own, rank, size, "", lambda words: None, minutes)
+                return own
+    raise AssertionError("numbers do not end")
+
+
 def consult(store: dist.Store, rank: int, size: int, word: str, judge: Callable[[list[str]], str | None],
             minutes: float) -> None:
     """Every rank says its word; rank 0 judges them; its verdict, if there is one, is raised on every rank."""
-    key, limit = f"agree/{next(_round)}", timedelta(minutes=minutes)
-    store.set(f"{key}/{rank}", word)
+    _consult(dist.PrefixStore(f"agree/{next(_round)}", store), rank, size, word, judge, minutes)
+
+
+def _consult(store: dist.Store, rank: int, size: int, word: str, judge: Callable[[list[str]], str | None],
+             minutes: float) -> None:
+    """As `consult`, in a part of the store where nothing else was asked."""
+    store.set(f"{rank}", word)
     if rank == 0:
-        store.set(f"{key}/verdict", _missing(store, key, size, limit) or judge(
-            [store.get(f"{key}/{r}").decode() for r in range(size)]) or "")
-    store.wait([f"{key}/verdict"], limit + MARGIN)
-    if verdict := store.get(f"{key}/verdict").decode():
-        store.set(f"{key}/heard/{rank}", "")
+        absent = _missing(store, size, minutes)
+        verdict = absent or judge([store.get(f"{r}").decode() for r in range(size)]) or ""
+        store.set("verdict", json.dumps([(Missing if absent else Disagreement).__name__, verdict]))
+    _wait(store, "verdict", minutes)
+    kind, verdict = json.loads(store.get("verdict"))
+    if verdict:
+        store.set(f"heard/{rank}", "")
         if rank == 0:                            # who may hold the store, and would take it along
             with contextlib.suppress(RuntimeError):
-                store.wait([f"{key}/heard/{r}" for r in range(size)], GOODBYE)
-        raise Disagreement(verdict)
+                store.wait([f"heard/{r}" for r in range(size)], GOODBYE)
+        raise KINDS[kind](verdict)
 
 
-def _missing(store: dist.Store, key: str, size: int, limit: timedelta) -> str | None:
+def _missing(store: dist.Store, size: int, minutes: float) -> str | None:
     try:
-        store.wait([f"{key}/{r}" for r in range(size)], limit)
+        store.wait([f"{r}" for r in range(size)], timedelta(minutes=minutes))
     except RuntimeError:                         # each kind of store has its own below it
-        absent = [r for r in range(size) if not store.check([f"{key}/{r}"])]
-        return (f"{listed(absent)} did not come within {limit.total_seconds() / 60:g} minutes; "
+        absent = [r for r in range(size) if not store.check([f"{r}"])]
+        return (f"{listed(absent)} did not come within {minutes:g} minutes; "
                 "look at what was said there last, or raise train.collective_minutes")
+
+
+def _wait(store: dist.Store, key: str, minutes: float) -> None:
+    """Wait for what rank 0 is to say."""
+    try:
+        store.wait([key], timedelta(minutes=minutes) + MARGIN)
+    except RuntimeError as error:
+        raise Missing(f"rank 0 did not come within {minutes:g} minutes, or is gone ({str(error).splitlines()[0]}); "
+                      "look at what was said there last") from None
 
 
 def on_the_run(store: dist.Store, rank: int, size: int, config: str, flags: dict[str, Any], minutes: float) -> None:

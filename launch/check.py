@@ -41,9 +41,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--bad {args.bad}: there is no folder {Path(args.bad).parent}; make it, or give another file")
     each = w.size // len(nodes)
     told = "; ".join(faults(args, limit)) if w.rank % each == 0 else ""
-    store = w.meet(together=False)
+    store = w.meet()
     if store is None:
         return report({nodes[0]: told} if told else {}, nodes, args.bad)
+    store = dist.PrefixStore(f"attempt/{w.attempt}", store)      # torchrun's outlives its processes
     store.set(f"said/{w.rank}", told)
     bad = judge(store, "said", nodes, w.size, limit) if w.main else {}
     if not bad:

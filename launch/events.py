@@ -1,6 +1,6 @@
 """What befell a run: RUN/events.jsonl, and the marker RUN/unfinished.
 
-The marker stands for as long as the run should be started again: from its first step until it is finished, stopped by
+The marker stands for as long as the run should be started again: from its first start until it is finished, stopped by
 --steps-now, or failed by something that would fail again. A process that is killed has no time to leave one, so it is
 there beforehand; whoever restarts jobs looks at it, not at exit codes, which launchers make up. A start that is refused
 leaves the run as it was, with the marker of an older one: its sentence is for whoever asked for it, and a file that the
@@ -98,7 +98,7 @@ class Events:
             begun, marked = taken == self.begun, self.marker.exists()
             if again or begun:
                 self._write("fault", {"rank": self.rank, "error": why})
-            if again and self.together and not (begun or marked):     # rank 0 may not have come so far
+            if again and not (begun or marked):       # not all have come, or rank 0 has not come so far
                 self._mark(STARTING)
             if not again and marked and (begun or self.marker.read_text() == STARTING):
                 self.marker.unlink(missing_ok=True)

@@ -336,11 +336,12 @@ def run(args: argparse.Namespace) -> int:
         if w.launcher in world.PARENTS:
             stop.follow(args.parent, f"{w.launcher}, which started rank {w.rank}, is gone; start the run again")
         events.begin()
-        store = w.meet()
+        patient = max(minutes, agree.START)
+        store = w.meet(patient)
         if store is not None:
             flags = {"--folder": str(folder), "--resume": args.resume, "--steps-now": args.steps_now,
                      "--timeline": args.timeline, "the kind of device": device.type}
-            agree.on_the_run(store, w.rank, w.size, config.dump(chosen), flags, max(minutes, agree.START))
+            agree.on_the_run(store, w.rank, w.size, config.dump(chosen), flags, patient)
         stop.came.set()
         events.started()
         patience = timedelta(minutes=minutes + 2)            # torch's own limit: the watchdog speaks first, in words

@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,12 +17,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from stepladder.launch import agree
 from stepladder.launch.config import Run
 
 # Bytes a second and GPU, of one 400 Gbit/s adapter each and of NVLink 4, one way: what the data sheets promise.
 BETWEEN_NODES, INSIDE_A_NODE = 50e9, 450e9
 H100 = 989e12                    # dense bf16 FLOP/s; assumed where the device is unknown
 PATIENCE = 20.0                  # seconds of silence at the rendezvous
+AGAIN = 0.2                      # seconds between two attempts to reach rank 0
 PARENTS = "torchrun", "DeepSpeed's launcher"    # start ranks as children, and leave them behind when they are killed
 NOBODY = "RANK and WORLD_SIZE"   # the launcher of processes whose variables no launcher signed
 MPI = {                          # rank, size, and those on this machine
@@ -40,8 +43,9 @@ class World:
     launcher: str = "alone"
     local_size: int = 0          # processes on this machine; 0: nobody told
     node: int = 0                # number of this machine
-    address: str = ""            # host:port at which rank 0 waits for the others; empty: torchrun's own store
-    attempt: int = 0             # how often the same job was started before
+    address: str = ""            # host:port of the store through which ranks come together
+    held: bool = False           # it is the launcher's own; else rank 0 makes it
+    attempt: int = 0             # how often this machine's launcher started its processes before
 
     @property
     def main(self) -> bool:
@@ -64,10 +68,10 @@ class World:
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
 
-    def meet(self, together: bool = True) -> dist.Store | None:
-        """The store through which ranks speak before any of them touches a GPU; none for one rank alone.
+    def meet(self, minutes: float = 0) -> dist.Store | None:
+        """The store through which ranks speak before any of them touches a GPU; None for one rank alone.
 
-        together: wait until all are there; else rank 0 can say who is missing, where it has the store."""
+        minutes: wait for all, else agree.Missing says who did not come; 0: do not wait, and the store may be used."""
         if self.size == 1:
             return None
         if dist.is_initialized():
@@ -76,19 +80,28 @@ class World:
             f"rank {self.rank} of {self.size} still waits for others to come", file=sys.stderr, flush=True))
         patience.daemon = True
         patience.start()
-        store = self._store(together) if self.address else next(dist.rendezvous("env://", self.rank, self.size))[0]
-        patience.cancel()
-        # torchrun's store outlives its workers: what they said before a restart, or before their number changed, must
-        # not be taken for an answer.
-        return dist.PrefixStore(f"attempt/{self.attempt}/{self.size}", store)
+        try:
+            store = self._store(minutes or agree.START)
+            return agree.on_the_start(store, self.rank, self.size, minutes) if minutes else store
+        finally:
+            patience.cancel()
 
-    def _store(self, together: bool = True) -> dist.Store:
+    def _store(self, minutes: float) -> dist.Store:
         """Rank 0 listens on the interface of its address; torch's own store would listen on all of them."""
         host, _, port = self.address.rpartition(":")
-        if not self.main:
-            return dist.TCPStore(host, int(port), self.size)
-        return dist.TCPStore(host, int(port), self.size, True, wait_for_workers=together,
-                             master_listen_fd=listen(host, int(port)).detach())
+        if self.main and not self.held:
+            return dist.TCPStore(host, int(port), self.size, True, wait_for_workers=False,
+                                 master_listen_fd=listen(host, int(port)).detach())
+        end = time.monotonic() + 60 * minutes
+        while True:           # torch would wait for its own limit, twice, and say a page of C++
+            try:
+                socket.create_connection((host, int(port)), PATIENCE).close()
+                return dist.TCPStore(host, int(port), self.size)
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise agree.Missing(f"rank {self.rank} did not reach rank 0 at {self.address} within {minutes:g} "
+                                        f"minutes ({error.strerror}); look at what was said there last") from None
+                time.sleep(AGAIN)
 
     def export(self, device: torch.device) -> None:
         """Say in the environment what DeepSpeed looks for there, whoever started this process."""
@@ -163,7 +176,8 @@ def _named(env: Mapping[str, str]) -> World | None:
     address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     if "TORCHELASTIC_RUN_ID" in env:
         return World(rank, size, local, "torchrun", int(told.get("LOCAL_WORLD_SIZE", 0)), int(env.get("GROUP_RANK", 0)),
-                     attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)))
+                     address, env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                     int(env.get("TORCHELASTIC_RESTART_COUNT", 0)))
     if "CROSS_SIZE" in env and "LOCAL_SIZE" in env:
         return World(rank, size, local, "DeepSpeed's launcher", int(env["LOCAL_SIZE"]), int(env["CROSS_RANK"]), address)
     return World(rank, size, local, NOBODY, int(told.get("LOCAL_WORLD_SIZE", 0)), address=address)
@@ -179,7 +193,7 @@ def _slurm(env: Mapping[str, str]) -> World | None:
     # Steps and jobs of one machine must not meet; ports from 32768 on are given to whoever asks.
     port = 12000 + (7 * int(env["SLURM_JOB_ID"]) + 3 * int(env["SLURM_STEP_ID"]) + attempt) % 20000
     return World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), "Slurm",
-                 _tasks_of(env["SLURM_STEP_TASKS_PER_NODE"])[node], node, f"{host}:{port}", attempt)
+                 _tasks_of(env["SLURM_STEP_TASKS_PER_NODE"])[node], node, f"{host}:{port}", attempt=attempt)
 
 
 def first_host(nodes: str) -> str:

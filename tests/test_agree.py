@@ -6,12 +6,16 @@ import io
 import json
 import time
 from datetime import timedelta
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import corpora
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from test_watch import CPU, store
 
 from stepladder.data.loader import Batch, Loader
@@ -63,20 +67,54 @@ def test_ranks_with_different_code_are_told_so() -> None:
         "install one version on every machine"] * 2
 
 
-def absence(rank: int, n: int) -> str:
-    if rank == 1:
+def absence(rank: int, n: int, absent: int) -> str:
+    if rank == absent:
         time.sleep(1.5)
         return ""
-    agree.GOODBYE = timedelta(seconds=0.5)                    # rank 1 does not hear it
-    with pytest.raises(agree.Disagreement) as caught:
+    agree.GOODBYE = agree.MARGIN = timedelta(seconds=0.5)     # the absent one does not hear it
+    with pytest.raises(agree.Missing) as caught:
         agree.on_the_run(store(), rank, n, "", {}, 0.01)
     return str(caught.value)
 
 
-def test_a_rank_that_does_not_come_to_the_start_is_named() -> None:
-    found = ranks.run(3, absence)
-    assert found[0] == found[2]
-    assert found[0].startswith("rank 1 did not come within 0.01 minutes; ")
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_does_not_come_to_the_start_is_named(absent: int) -> None:
+    found = ranks.run(3, absence, absent)
+    for said in (found[2], found[1 - absent]):
+        assert said.startswith(f"rank {absent} did not come within 0.01 minutes")
+
+
+def comes(port: int, rank: int, size: int, heard: Connection) -> None:
+    """A process of a start that may well be killed: says how many of it have met in what it takes for their part."""
+    met = agree.on_the_start(dist.TCPStore("127.0.0.1", port), rank, size, 0.5)
+    heard.send(met.add("met", 1))
+
+
+def test_ranks_that_are_started_again_meet_whoever_came_first_and_nobody_of_before() -> None:
+    """In a store that outlives them, as torchrun's does, which numbers no start."""
+    outlives = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    hear, said = Pipe(duplex=False)
+
+    def start(*came: int, size: int, waits: str = "") -> list[ForkServerProcess]:
+        """These ranks, in this order; who waits under that key is let be."""
+        started = []
+        for rank in came:
+            started.append(ranks.process(comes, outlives.port, rank, size, said))
+            started[-1].start()
+            if waits:
+                outlives.wait([waits.format(rank)], timedelta(seconds=20))
+        return started
+
+    def meet(started: list[ForkServerProcess]) -> None:
+        assert all(hear.poll(20) for _ in started)
+        assert sorted(hear.recv() for _ in started) == [*range(1, 1 + len(started))]
+
+    meet(start(0, 1, size=2))
+    for process in start(0, size=2, waits="start/2/0"):                   # rank 1 dies before it comes, then this
+        process.kill()
+    meet([*start(1, size=2, waits="start/2/1"), *start(0, size=2)])       # rank 1 comes to the one that failed
+    meet(start(2, 1, 0, size=3))                                          # joined by another machine
+    meet(start(0, size=1, waits="start/5/open"))
 
 
 def batches(rank: int, n: int, layout: Parallel, odd: int, part: str) -> str:

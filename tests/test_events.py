@@ -12,7 +12,7 @@ import pytest
 import ranks
 from test_resume import EVERY, STEPS, folder, records, train  # noqa: F401  the fixture: shards and run.toml
 
-from stepladder.launch import cli, events, stop, world
+from stepladder.launch import agree, cli, events, stop, world
 from stepladder.launch.stop import Stop
 from stepladder.parallel.optimizer import Optimizer, Report
 from stepladder.parallel.watch import EXIT, LostRank
@@ -95,7 +95,7 @@ def test_a_signal_while_torch_is_imported_stops_the_run_after_its_first_step(fol
 
 def signalled_alone(config: Path, run: Path) -> None:
     """Trains as rank 0 of two; the other never comes, and then the signal does."""
-    def meet(self: world.World) -> None:
+    def meet(self: world.World, minutes: float) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
@@ -137,11 +137,14 @@ def test_what_would_fail_again_takes_the_marker_away_and_what_cut_the_run_off_le
 
 @pytest.mark.parametrize(("error", "stands"), [
     (LostRank("rank 0 lost the others"), True), (RuntimeError("CUDA error: uncorrectable ECC error"), True),
+    (agree.Missing("rank 3 did not come"), True), (agree.Disagreement("the ranks differ in data.seq"), False),
     (ValueError("data.seq = 3 is odd; make it even"), False), (KeyboardInterrupt(), True)])
-def test_the_marker_outlives_what_a_new_start_may_mend(tmp_path: Path, error: BaseException, stands: bool):
+@pytest.mark.parametrize("come", [True, False])
+def test_the_marker_outlives_what_a_new_start_may_mend(tmp_path: Path, error: BaseException, stands: bool, come: bool):
     told = events.Events(tmp_path, 0)
     told.begin()
-    told.started()
+    if come:                                              # all ranks
+        told.started()
     with pytest.raises(type(error)), told.faults():
         raise error
     assert (tmp_path / "unfinished").exists() is stands

@@ -7,20 +7,21 @@ import socket
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from stepladder.launch import config, world
+from stepladder.launch import agree, config, world
 from stepladder.launch.world import World, first_host, told
 
 RANKS = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
 # As srun, torchrun, DeepSpeed's launcher and mpiexec set them: rank 3 of 4, number 1 on the second machine.
 TORCHRUN = {**RANKS, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "7",
-            "TORCHELASTIC_RESTART_COUNT": "2"}
+            "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+TOLD = World(3, 4, 1, "torchrun", 2, 1, "n1:1", held=True, attempt=2)
 DEEPSPEED = {**RANKS, "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
 BATCH = {"SLURM_JOB_ID": "70", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "2"}
 SRUN = {**BATCH, "SLURM_STEP_ID": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
@@ -44,13 +45,14 @@ def mpi(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("env", "want"), [
     ({}, World()),
-    (TORCHRUN, World(3, 4, 1, "torchrun", 2, 1, attempt=2)),
-    (TORCHRUN | ALONE, World(3, 4, 1, "torchrun", 2, 1, attempt=2)),          # srun started an agent a machine
-    (TORCHRUN | BATCH | {"SLURM_NTASKS": "4"}, World(3, 4, 1, "torchrun", 2, 1, attempt=2)),
+    (TORCHRUN, TOLD),
+    (TORCHRUN | ALONE, TOLD),                                                 # srun started an agent a machine
+    (TORCHRUN | BATCH | {"SLURM_NTASKS": "4"}, TOLD),
+    (TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}, replace(TOLD, held=False)),
     (DEEPSPEED, World(3, 4, 1, "DeepSpeed's launcher", 2, 1, "n1:1")),
-    (SRUN, World(3, 4, 1, "Slurm", 2, 1, "n1:12506", 1)),
+    (SRUN, World(3, 4, 1, "Slurm", 2, 1, "n1:12506", attempt=1)),
     (SRUN | RANKS, World(3, 4, 3, "RANK and WORLD_SIZE", address="n1:1")),    # a wrapper that exports what Slurm says
-    (SRUN | MPICH, World(3, 4, 1, "Slurm", 2, 1, "n1:12506", 1)),              # srun --mpi=pmi2: no need of mpi4py
+    (SRUN | MPICH, World(3, 4, 1, "Slurm", 2, 1, "n1:12506", attempt=1)),   # srun --mpi=pmi2: no need of mpi4py
     (BATCH | {"SLURM_NTASKS": "1"}, World()),
     (OPEN_MPI, World(3, 4, 1, "Open MPI", 2, 0, "n1:1")),
     (MPICH | ALONE, World(3, 4, 1, "MPICH", 2, 0, "n1:1")),                    # mpiexec starts its helpers by srun
@@ -108,18 +110,18 @@ def test_gpus_that_no_task_would_use_are_refused(monkeypatch: pytest.MonkeyPatch
     assert World(0, 1, 0, "Slurm", 1).device("cpu") == torch.device("cpu")
 
 
-def test_a_restarted_job_hears_nothing_of_what_was_said_before(monkeypatch: pytest.MonkeyPatch):
-    """The store of torchrun outlives its workers."""
-    outlives = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setattr(dist, "rendezvous", lambda *_: iter([(outlives,)]))
-    first, *others = (w.meet() for w in (World(0, 2), World(0, 2, attempt=1), World(0, 3)))
-    assert first is not None
-    first.set("verdict", "")
-    assert first.check(["verdict"])
-    for other in others:                    # restarted; or, under torchrun, joined by another machine
-        assert other is not None
-        other.set_timeout(timedelta(seconds=1))
-        assert not other.check(["verdict"])
+def free_address() -> str:
+    with world.listen("127.0.0.1", 0) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_rank_0_says_who_does_not_come_and_the_others_that_it_does_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agree, "GOODBYE", timedelta(seconds=0.1))
+    with pytest.raises(agree.Missing, match=r"^rank 1 did not come within 0\.005 minutes; look at what was said there"):
+        World(0, 2, address=free_address()).meet(0.005)
+    with pytest.raises(agree.Missing, match=r"^rank 1 did not reach rank 0 at 127\.0\.0\.1:\d+ within 0\.005 minutes "
+                                            r"\(Connection refused\); look at what was said there last$"):
+        World(1, 2, address=free_address()).meet(0.005)
 
 
 @pytest.mark.parametrize(("host", "interface"), [
@@ -136,10 +138,10 @@ def test_rank_0_listens_on_the_interface_asked_for(monkeypatch, host: str, inter
 
 def test_the_store_listens_where_rank_0_does():
     """torch's own listens on all interfaces."""
-    with world.listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    store = World(0, 1, address=f"127.0.0.1:{port}")._store()
-    assert store.num_keys()
+    address = free_address()
+    port = int(address.rpartition(":")[2])
+    store = World(0, 2, address=address).meet()
+    assert store is not None
     lines = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()]
     assert [line[1].split(":")[0] for line in lines if line[3] == "0A" and line[1].endswith(f":{port:04X}")] \
         == ["0100007F"]
@@ -150,32 +152,41 @@ def test_an_address_of_another_machine_is_refused():
         world.listen("192.0.2.1", 9)
 
 
-def test_a_run_starts_under_torchrun_and_goes_on_after_its_restart(tmp_path: Path):
-    """Rank 1 dies in the first attempt, when both have met."""
+def test_torchrun_starts_all_ranks_again_when_one_died_though_only_its_own_agent_counts_that(tmp_path: Path):
+    """Two agents, which stand for two machines. Rank 1 dies in the first attempt, when both have met."""
     program = tmp_path / "program.py"
     program.write_text("""
-import datetime, os
+import datetime, os, time
 import torch
-from stepladder.launch import config, world
-w = world.find()
-store = w.meet()
+from stepladder.launch import world
+first, w = not os.path.exists("died"), world.find()
+store = w.meet(0.5)
 store.set(str(w.rank), "here")
 store.wait(["0", "1"], datetime.timedelta(seconds=20))
 w.connect(torch.device("cpu"), store, datetime.timedelta(seconds=20))
-if w.attempt == 0 and w.rank == 1:
+if first and w.rank == 1:
+    open("died", "w")
     os._exit(1)
+if first:
+    time.sleep(300)
 torch.distributed.all_reduce(total := torch.ones(()))
 torch.distributed.destroy_process_group()               # as train does: left to the interpreter's exit, gloo aborts
-said = f"{w.launcher} {w.rank}/{w.size} node {w.node} attempt {w.attempt} sum {total:g}"
-open(f"said-{w.rank}-{w.attempt}", "w").write(said)      # what two ranks print may stand on one line
+open(f"said-{w.rank}", "w").write(f"{w.launcher} {w.rank}/{w.size} node {w.node} attempt {w.attempt} sum {total:g}")
 """)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-         "--monitor-interval", "0.1", str(program)], capture_output=True, text=True, timeout=90, cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert {f.name: f.read_text() for f in tmp_path.glob("said-*")} == {
-        f"said-{r}-1": f"torchrun {r}/2 node 0 attempt 1 sum 2" for r in range(2)}
+    host, port = free_address().split(":")
+    agents = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2:2", "--max-restarts", "1",
+         "--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-conf",
+         f"is_host={first}", str(program)], stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}) for first in (True, False)]
+    try:
+        said = [agent.communicate(timeout=240)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    told = [(tmp_path / f"said-{r}").read_text() for r in range(2)]
+    assert sorted(told) == [f"torchrun {r}/2 node {r} attempt {r} sum 2" for r in range(2)]
 
 
 DEMO = Path(__file__).parents[1] / "examples/demo.toml"
