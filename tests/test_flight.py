@@ -188,6 +188,19 @@ def test_the_gradient_of_what_is_carried_late_goes_on_behind_the_sublayer_before
     assert ran == ["mixer 1", "mixer 0", "norm 1", "norm 0"]
 
 
+def test_what_is_carried_is_awaited_and_its_memory_kept_by_the_lane_that_lands(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+    current = SimpleNamespace(record_event=lambda: "made", wait_event=log.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda y, lane: log.append(lane))
+    lanes, x = Lanes(CPU), torch.ones(2)
+    lanes.side = current  # pyright: ignore[reportAttributeAccessIssue]
+    on_its_way = lanes.carry(x)
+    assert log == []
+    assert on_its_way.wait() is x
+    assert log == ["made", current]
+
+
 def test_private_set_sequence_nr_moves_a_node_back() -> None:
     """torch.autograd.graph.Node._set_sequence_nr, _sequence_nr and torch._C._autograd._get_sequence_nr."""
     before = torch._C._autograd._get_sequence_nr()  # pyright: ignore
