@@ -5,10 +5,10 @@ import argparse
 import statistics
 import tomllib
 from pathlib import Path
-from typing import Any
 
 from stepladder.launch import events, plot
 from stepladder.launch.agree import flat
+from stepladder.launch.toml import differing
 
 WIDTH = 34                  # characters of a value
 STARTED = ("ranks", "mesh", "device", "torch", "code", "data")        # of an event start or resume
@@ -84,13 +84,7 @@ def differences(runs: list[_Run]) -> list[tuple[str, list[str]]]:
     starts = [next((e for e in reversed(r.told) if e["event"] in ("start", "resume")), {}) for r in runs]
     tables = [{key: start[key] for key in STARTED if key in start} | r.config
               for start, r in zip(starts, runs, strict=True)]
-    keys = dict.fromkeys(key for table in tables for key in table)
-    rows = [(key, [_spell(table, key) for table in tables]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _spell(table: dict[str, Any], key: str) -> str:
-    return str(table[key]) if key in table else "-"
+    return differing(tables)
 
 
 def _table(head: str, names: list[str], rows: list[tuple[str, list[str]]]) -> str:

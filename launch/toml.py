@@ -5,7 +5,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -114,6 +114,13 @@ def nearest(name: Any, known: Iterable[Any]) -> str:
     """A question about the known name that `name` resembles, or nothing."""
     near = get_close_matches(str(name), list(map(str, known)), n=1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def differing(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The keys that have not one value in all tables, and what each has; strings without quotes."""
+    said = [{key: value if isinstance(value, str) else text(value) for key, value in table.items()} for table in tables]
+    rows = {key: [table.get(key, "absent") for table in said] for table in said for key in table}
+    return [(key, values) for key, values in rows.items() if len(set(values)) > 1]
 
 
 def write(table: dict[str, Any]) -> str:

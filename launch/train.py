@@ -21,6 +21,7 @@ from stepladder.launch import agree, config, hardware, rules, timeline, world
 from stepladder.launch.events import Events, refusals
 from stepladder.launch.log import Log
 from stepladder.launch.stop import Stop
+from stepladder.launch.toml import differing
 from stepladder.model.context import borders
 from stepladder.model.decoder import flops, parameters
 from stepladder.parallel import checkpoint, spans
@@ -76,11 +77,13 @@ class Trainer:
         self.store = Store(folder, keep_last=run.checkpoint.keep_last, keep_every=run.checkpoint.keep_every,
                            background=run.checkpoint.background, on_failure=self._unsaved, note=self._tell)
         self.log: Log | None = None
+        self.changed: dict[str, list[str]] = {}         # settings, since the checkpoint: what each was and is
         start = self._choose(resume)
         meta = checkpoint.meta(start) if start is not None else {}
         if meta:
-            saved = tomllib.loads(meta["config"])
-            checkpoint.refuse_mismatch({"model": saved["model"]}, {"model": _table(run)["model"]})
+            saved, ours = tomllib.loads(meta["config"]), tomllib.loads(config.dump(run))
+            checkpoint.refuse_mismatch({"model": saved["model"]}, {"model": ours["model"]})
+            self.changed = dict(differing([agree.flat(saved), agree.flat(ours)]))
         if run.train.eval_every:
             self._loader(None, "heldout").close()       # too few documents for it: said now, not at step eval_every
         self.loader = self._loader(meta.get("cursor"))
@@ -146,7 +149,7 @@ class Trainer:
 
     def _introduce(self, start: Path | None) -> None:
         total, active = parameters(self.run.model)
-        passed = {"passed_over": self.store.passed} if self.store.passed else {}
+        known = {"passed_over": self.store.passed, "changed": self.changed}
         self._tell(f"{self.mesh!r}, told by {self.world.launcher}")
         if warning := world.slow_link(self.run, self.world, self.flops, self.peak / self.world.size):
             self._tell(warning)
@@ -156,10 +159,13 @@ class Trainer:
         self._tell(f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them for each token, "
                    f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
+        if self.changed:
+            self._tell(f"changed since step {self.at}: "
+                       f"{', '.join(f'{key} {was} -> {now}' for key, (was, now) in self.changed.items())}")
         self.events.begins("resume" if start else "start", step=self.at, ranks=self.world.size,
                            launcher=self.world.launcher, attempt=self.world.attempt, mesh=repr(self.mesh),
                            device=hardware.name(self.device), torch=torch.__version__, code=agree.code(),
-                           data=self.loader.manifest_hash, **passed)
+                           data=self.loader.manifest_hash, **{name: what for name, what in known.items() if what})
         if self.at >= self.run.train.steps:
             self._tell(f"the run is finished: train.steps = {self.run.train.steps}; raise it to go on")
 
@@ -307,11 +313,6 @@ def _numerics(plan: config.Derived, dtype: str) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore  # a pass over every buffer
     if dtype == "bf16":
         torch.set_float32_matmul_precision("high")                      # what stays fp32 there is small, or a state
-
-
-def _table(run: config.Run) -> dict[str, Any]:
-    """The resolved run as a checkpoint holds it."""
-    return tomllib.loads(config.dump(run))
 
 
 @refusals(world.refusal)

@@ -98,6 +98,16 @@ def test_a_start_that_does_not_fit_a_run_is_refused_by_the_key_and_leaves_the_ru
     assert status.said(FOLDER, time.time())["run"] == f"{FOLDER}: stopped by SIGTERM at step 2"
 
 
+def test_what_a_resume_changes_of_a_run_is_said_and_kept(trained, train):
+    out = train("train.steps=3", "optimizer.lr=1e-4", "data.batch_tokens=512", "train.dtype=bf16", "train.clip=0.5")
+    assert ("changed since step 2: data.batch_tokens 256 -> 512, train.steps 2 -> 3, train.dtype fp32 -> bf16, "
+            "train.clip 1.0 -> 0.5, optimizer.lr 0.001 -> 0.0001\n") in out
+    assert events.read(FOLDER)[-2]["changed"]["train.dtype"] == ["fp32", "bf16"]
+    assert "changed since step 3: data.batch_tokens 512 -> 256, " in train("train.steps=4")
+    assert "changed" not in train("train.steps=4")
+    assert "changed" not in events.read(FOLDER)[-2]
+
+
 def test_a_checkpoint_of_other_shards_is_refused(trained, refused, tmp_path):
     corpus(tmp_path / "new", texts(90, "b"))
     sentence, _ = refused("train", "run.toml", "train.steps=4", "data.sources.small.shards=new")
