@@ -188,6 +188,7 @@ class Mixer(ChannelMixer):
     def plan(self, x: Pending, route: tuple[Tensor, ...], foreseen: Foreseen | None = None) -> Plan:
         tokens = x.wait()
         routers = [*self.routers]
+        # Where no block before has chosen for this one, its own router does: the first that it holds.
         foreseen = foreseen or self.foresee(route) or self._foresee(tokens, cast(Router, routers.pop(0)).w)
         announced, (ids, weights, *stats) = foreseen
         later = (*route[1:], *(router(tokens) for router in routers))
