@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--every", type=int, default=15, help="steps from checkpoint to checkpoint")
     parser.add_argument("--log-every", type=int, default=1)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(args, Path(scratch) / "run")
         first = run.until(1)[0][1] - run.began
