@@ -26,11 +26,12 @@ from stepladder.model.residual import Pending, Ready, Stream
 
 
 class Started(NamedTuple):
-    """A tensor that a collective is still writing, and what makes the result of it when it is complete."""
+    """A tensor that a collective is still writing, and what makes the result of it when it is complete. Without one,
+    who lands it has waited for the lane that started it: in front(), or by the rules of autograd."""
     y: Tensor
     work: dist.Work | torch.cuda.Event | None = None
     finish: Callable[[Tensor], Tensor] | None = None
-    source: Tensor | None = None           # what it reads, where that is not what was given
+    source: Tensor | None = None           # what the collective reads, where that is not y
 
 
 Trip = Callable[[Tensor], Started]
@@ -118,23 +119,21 @@ class _Flight:
 
     def __init__(self, lanes: Lanes, go: Trip, back: Trip):
         self.lanes, self.go, self.back, self.where = lanes, go, back, lanes.where
-        self.under_way: tuple[Tensor, Started, Any] | None = None
+        self.under_way: Started | None = None
 
     def start(self, trip: Trip, x: Tensor) -> None:
         self.lanes.where = self.where
-        started = trip(x)
-        on_gpu_alone = started.work is None and x.is_cuda
-        self.under_way = x, started, torch.cuda.current_stream().record_event() if on_gpu_alone else started.work
+        self.under_way = trip(x)
 
     def land(self) -> Tensor:
         assert self.under_way is not None
-        (x, (y, _, finish, source), work), self.under_way = self.under_way, None
+        (y, work, finish, source), self.under_way = self.under_way, None
         if work is not None:
             with torch.no_grad():    # gloo's reduce-scatter copies into y here; autograd would take that for the maths
                 work.wait()
         # They were made on the lane that started, and may be forgotten while they are still read: a collective holds
         # what it reads until wait() is called, and that only tells this lane when it is over.
-        _used_by(torch.cuda.current_stream() if y.is_cuda else None, (x, source, y))
+        _used_by(None if self.lanes.side is None else torch.cuda.current_stream(), (source, y))
         return y if finish is None else finish(y)
 
 
@@ -188,8 +187,10 @@ class Carried(NamedTuple):
 
 def _used_by(stream: torch.cuda.Stream | None, things: tuple[Any, ...]) -> None:
     """The allocator must not give their memory away before `stream` has come this far."""
-    for t in things if stream is not None else ():
+    if stream is None:
+        return
+    for t in things:
         if isinstance(t, tuple):
             _used_by(stream, t)
-        elif isinstance(t, Tensor) and t.is_cuda:
-            t.record_stream(stream)  # pyright: ignore[reportArgumentType]
+        elif isinstance(t, Tensor) and t.device == stream.device:       # not what the host has
+            t.record_stream(stream)

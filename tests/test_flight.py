@@ -31,7 +31,7 @@ def order(rank: int, n: int, wiring: str, layout: Parallel, lowered: bool, chann
     start, land = flight._Flight.start, flight._Flight.land
 
     def say(self: Any, what: str) -> None:
-        if isinstance(self.under_way[2], torch.distributed.Work) and self.where in number:
+        if isinstance(self.under_way.work, torch.distributed.Work) and self.where in number:
             log.append(what + number[self.where])
 
     def started(self: Any, trip: Any, x: torch.Tensor) -> None:

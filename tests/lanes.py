@@ -1,0 +1,253 @@
+"""Whether what runs on a GPU's streams waits for what it needs, found without a GPU.
+
+The code under test runs on a CPU, one operation after the other, and believes that it has streams. Every operation
+that torch dispatches is an event on the stream that is current, and every stream knows up to which event of each other
+one it has waited. So three faults show, wherever timing would hide them on a real machine:
+
+order      an operation reads what another stream, or a collective, may not have written yet
+overwrite  it writes what another may still read
+reuse      it is given memory that its stream's allocator took back, which another stream may still read: nobody told
+           the allocator (record_stream), or it told of a stream that had not waited for that one
+
+Modelled: streams and events; collectives, which run beside the stream that starts them until wait(), and hold what they
+are given until then; the caching allocator, with a pool for each stream; and autograd, which runs a node on the stream
+of its forward, has it wait for those that made its gradients, and does neither for the tensors that it saved.
+
+Not modelled: what the host reads, collectives by copy engines, graphs, FSDP, several devices. Which memory the allocator
+gives away is not known: the worst is taken, that a stream's next operation gets it.
+"""
+from __future__ import annotations
+
+import contextlib
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stepladder.parallel import tensor
+from stepladder.parallel.flight import Lanes
+
+UNREAD = {"empty_like", "new_empty", "new_zeros", "zeros_like"}          # they ask for a shape alone
+
+
+class Lane:
+    """A stream; an event, which is what a stream knew; or a collective."""
+    device = torch.device("cpu")
+
+    def __init__(self, name: str, knows: dict[Lane, int] | None = None):
+        self.name, self.clock = name, dict(knows or {})
+
+    def tick(self) -> int:
+        self.clock[self] = self.clock.get(self, 0) + 1
+        return self.clock[self]
+
+    def knows(self, lane: Lane, time: int) -> bool:
+        return lane is self or self.clock.get(lane, 0) >= time
+
+    def wait_stream(self, other: Lane) -> None:
+        self.clock |= {lane: time for lane, time in other.clock.items() if not self.knows(lane, time)}
+
+    wait_event = wait_stream
+
+    def record_event(self) -> Lane:
+        return Lane(self.name, self.clock)
+
+
+@dataclass
+class Work:
+    """A collective under way, and what it holds."""
+    work: dist.Work
+    wire: Lane
+    held: Any
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.wire)  # pyright: ignore[reportArgumentType]
+        self.work.wait()               # gloo's reduce-scatter copies here
+        self.held = None
+
+
+@dataclass
+class Memory:
+    owner: Lane                        # of the pool it goes back to
+    storage: StorageWeakRef
+    written: tuple[Lane, int, str]
+    reads: dict[Lane, tuple[int, str]] = field(default_factory=dict)
+    told: set[Lane] = field(default_factory=set)
+
+
+class Model(TorchDispatchMode):
+    """Within it, torch.cuda has streams; `found` are the faults of what ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, None] = {}
+        self.memory: dict[int, Memory] = {}
+        self.pools: dict[Lane, list[tuple[Lane, int, str]]] = {}          # given back: who may still read it
+        self.lanes: list[Lane | None] = [Lane("front")]                   # None: autograd's own work between nodes
+        self.moves: list[tuple[int, Lane]] = [(0, self.current)]          # which node is the first made on a lane
+        self.lowered: dict[Any, Lane] = {}
+        self.node = ""
+
+    @property
+    def current(self) -> Lane:
+        assert self.lanes[-1] is not None
+        return self.lanes[-1]
+
+    @contextlib.contextmanager
+    def stream(self, lane: Lane) -> Iterator[None]:
+        self._move(self.lanes.append, lane)
+        try:
+            yield
+        finally:                       # what is computed again ends by an exception
+            self._move(self.lanes.pop)
+
+    def _move(self, to: Callable[..., Any], *args: Any) -> None:
+        to(*args)
+        self.moves.append((torch._C._autograd._get_sequence_nr(), self.current))  # pyright: ignore
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Model]:
+        lower = Lanes._lower
+
+        def lowered(lanes: Lanes, x: Tensor) -> None:
+            self.lowered[x.grad_fn] = self.current                        # its number will be that of an older one
+            lower(lanes, x)
+        with contextlib.ExitStack() as stack:
+            for where, name, new in (
+                    (torch.cuda, "stream", self.stream), (torch.cuda, "current_stream", lambda *_: self.current),
+                    (torch.cuda, "is_current_stream_capturing", lambda: False), (Lanes, "_lower", lowered),
+                    (Tensor, "record_stream", lambda x, lane: self._told(x, lane)),
+                    *((m, name, partial(self._collective, getattr(m, name))) for m, name in (
+                        (dist, "all_reduce"), (dist, "all_to_all_single"), (tensor, "all_gather_single"),
+                        (tensor, "reduce_scatter_single")))):
+                stack.enter_context(mock.patch.object(where, name, new))
+            stack.enter_context(self)
+            yield self
+
+    def _told(self, x: Tensor, lane: Lane) -> None:
+        if _key(x) in self.memory:
+            self.memory[_key(x)].told.add(lane)
+
+    # Operations and their memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.lanes[-1] is None:
+            return out
+        self._collect()
+        given, made, writes = _tensors((args, kwargs)), _tensors(out), func._schema.is_mutable
+        known = {_key(x) for x in given}
+        new = [x for x in made if _key(x) not in known]
+        if made and not new and not writes:
+            return out                                                    # a view
+        event = self.current, self.current.tick(), f"{func} on {self.current.name}{self._where()}"
+        for i, x in enumerate(given if func._schema.name.removeprefix("aten::") not in UNREAD else ()):
+            self._touch(x, event, writes and i == 0)
+        for x in new:
+            self._born(x, event)
+        return out
+
+    def _collective(self, start: Callable[..., dist.Work], *args: Any, async_op: bool = False, **kw: Any) -> Any:
+        """The first argument is what it writes."""
+        self.lanes.append(None)
+        work = start(*args, async_op=True, **kw)
+        self.lanes.pop()
+        wire = Lane(f"{start.__name__}{self._where()}", self.current.clock)
+        for i, x in enumerate(_tensors(args)):
+            self._touch(x, (wire, 1, wire.name), i == 0)
+        wire.tick()
+        started = Work(work, wire, args)
+        return started if async_op else started.wait()
+
+    def _touch(self, x: Tensor, event: tuple[Lane, int, str], writes: bool) -> None:
+        memory, (lane, now, what) = self.memory.get(_key(x)), event
+        if memory is None:
+            return                                                        # older than the model
+        writer, then, wrote = memory.written
+        if not lane.knows(writer, then):
+            self.found[f"order: {what} does not wait for {wrote}"] = None
+        if writes:
+            for reader, (time, read) in memory.reads.items():
+                if not lane.knows(reader, time):
+                    self.found[f"overwrite: {what} does not wait for {read}"] = None
+            memory.written = event
+        memory.reads[lane] = now, what
+
+    def _born(self, x: Tensor, event: tuple[Lane, int, str]) -> None:
+        lane, _, what = event
+        for reader, time, read in self.pools.pop(lane, ()):    # what this one has waited for, all later ones have
+            if not lane.knows(reader, time):
+                self.found[f"reuse: {what} may get what was {read}"] = None
+        self.memory[_key(x)] = Memory(lane, StorageWeakRef(x.untyped_storage()), event)
+
+    def _collect(self) -> None:
+        """What nobody has any more goes back to its pool, at the latest now."""
+        for key in [k for k, m in self.memory.items() if m.storage.expired()]:
+            memory = self.memory.pop(key)
+            for reader, (time, read) in memory.reads.items():
+                if not any(lane.knows(reader, time) for lane in (memory.owner, *memory.told)):
+                    self.pools.setdefault(memory.owner, []).append(
+                        (reader, time, f"written by {memory.written[2]} and read by {read}"))
+
+    def _where(self) -> str:
+        frame: Any = sys._getframe(1)
+        while frame is not None and "/stepladder/" not in frame.f_code.co_filename:
+            frame = frame.f_back
+        node = f" in {self.node}" if self.node else ""
+        return node if frame is None else f"{node} at {frame.f_code.co_filename.split('/')[-1]}:{frame.f_lineno}"
+
+    # Autograd
+
+    def backward(self, loss: Tensor) -> None:
+        pending: dict[Any, Lane] = {}                       # what a node will have waited for before it begins
+        leaves, todo, seen = Lane("leaves"), [loss.grad_fn], set[Any]()
+        while todo:
+            node: Any = todo.pop()
+            if node is None or node in seen or node.name().endswith("AccumulateGrad"):
+                continue
+            seen.add(node)
+            todo.extend(m for m, _ in node.next_functions)
+            pending[node] = Lane(node.name())
+            node.register_prehook(partial(self._begin, node, pending))
+            node.register_hook(partial(self._end, node, pending, leaves))
+        self.lanes.append(None)
+        loss.backward()
+        self._move(self.lanes.pop)
+        self.current.wait_stream(leaves)
+        self.lowered.clear()
+
+    def _begin(self, node: Any, pending: dict[Any, Lane], gradients: Sequence[Tensor | None]) -> None:
+        lane = self.lowered.get(node) or self.moves[bisect_right(self.moves, node._sequence_nr(), key=lambda m: m[0])
+                                                    - 1][1]
+        lane.wait_stream(pending[node])
+        self.lanes.append(lane)
+        self.node = node.name()
+        for g in _tensors(gradients):
+            if _key(g) not in self.memory:                  # autograd has added it up, on this lane
+                self._born(g, (lane, lane.tick(), f"{self.node} on {lane.name}"))
+            self._told(g, lane)
+
+    def _end(self, node: Any, pending: dict[Any, Lane], leaves: Lane, *_: Any) -> None:
+        lane = self.lanes.pop()
+        assert lane is not None
+        self.node = ""
+        for m, _ in node.next_functions:
+            pending.get(m, leaves).wait_stream(lane)
+
+
+def _key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _tensors(things: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(things) if isinstance(x, Tensor)]
