@@ -64,7 +64,7 @@ class Log:
     def note(self, text: str) -> None:
         """A line of its own."""
         if self.main:
-            print(f"\r\x1b[K{text}" if self.tty else text, flush=True)
+            say(text)
 
     def close(self) -> None:
         """Flush everything; the log is done."""
@@ -115,6 +115,11 @@ class Log:
         minutes, seconds = divmod(round((now - began) / (last - first) * (self.total - last)), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def say(text: str) -> None:
+    """A line of its own, instead of a progress line."""
+    print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)
 
 
 def _rewind(path: Path, step: int) -> None:

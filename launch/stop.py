@@ -6,6 +6,8 @@ writes its number to a pipe, which a thread reads. Threads of all ranks then say
 has begun, and the furthest of these is the last. Nobody begins another before it is known, so none waits for a step
 that another leaves out. Training itself is never asked: no host sync, nothing between its collectives.
 
+A second Ctrl-C ends its process at once, and saves nothing.
+
 Signals that launch/cli.py kept back while it imported torch are seen as well. And there is an end that nobody asks for:
 a launcher that is killed leaves its ranks behind, and they follow it.
 """
@@ -28,6 +30,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = timedelta(seconds=20)    # with threads that only have to answer; torchrun and Slurm kill after 30
 EVER = timedelta(days=20)           # in milliseconds it must fit into 31 bits
 COMING = 25.0                       # seconds for ranks that are to stop to come together: imports take unlike times
+INTERRUPTED = 130                   # the exit code of a second Ctrl-C
 LOOK = 1.0                          # seconds between two looks whether the launcher is there
 _round = itertools.count()          # a store outlives a run in tests
 
@@ -35,9 +38,10 @@ _round = itertools.count()          # a store outlives a run in tests
 class Stop:
     """The end that a signal asks for. Signals that come before `meet` are kept until then, if only all ranks come."""
 
-    def __init__(self, tell: Callable[[str], None] = lambda why: None) -> None:
-        """`tell` hears why this process ends, where that is not in an exception."""
-        self.tell = tell
+    def __init__(self, tell: Callable[[str], None] = lambda why: None,
+                 note: Callable[[str], None] = lambda text: None, alone: bool = False) -> None:
+        """`tell` hears why this process ends, where that is not in an exception; `note` what comes of a signal."""
+        self.tell, self.note, self.noted, self.alone = tell, note, threading.Lock(), alone
         self.asked = ""                                    # the signal's name, and whose it was if another rank's
         self.rank = self.begun = self.last = 0             # last: step of the run, once it is known
         self.lost = ""                                     # why it will never be
@@ -50,7 +54,8 @@ class Stop:
             for number in SIGNALS:
                 signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self.threads = [self._thread(self._hear, pipe)]
+        self.threads: list[threading.Thread] = []          # before the first runs: it adds to them
+        self.threads.append(self._thread(self._hear, pipe))
 
     def meet(self, store: dist.Store | None, rank: int, size: int, step: int) -> None:
         """Agree with the other ranks from now on; `step` is the next one, and is made in any case."""
@@ -94,20 +99,34 @@ class Stop:
 
     def _handle(self, number: int, _: object) -> None:
         self.asked = self.asked or signal.Signals(number).name
-        if number == signal.SIGINT:                        # the second one ends the program at once
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _hear(self, pipe: int) -> None:
+        heard: set[str] = set()
         with open(pipe, "rb", buffering=0) as numbers:
             while number := numbers.read(1):
                 if number[0] in SIGNALS:
                     name = signal.Signals(number[0]).name
-                    self.asked = self.asked or name
-                    if not self.came.wait(COMING):
-                        _leave(f"{name} asks the run to stop, and not all of its ranks have come", self.tell)
-                    self.met.wait()
-                    self._ask(0, f"{name} to rank {self.rank}" if self.rank else name)    # who asks the others
-                    self._ask(self.rank, name)                      # rank 0 may have come to its end
+                    if name == "SIGINT" and name in heard:           # here, as Python may wait for the device
+                        _leave("the second SIGINT ends the run at once", self.tell, INTERRUPTED)
+                    if not heard:
+                        self.asked = self.asked or name
+                        self._say(name)
+                        self.threads.append(self._thread(self._pass_on, name))
+                    heard.add(name)
+
+    def _pass_on(self, name: str) -> None:
+        """Tell all ranks of the signal that came to this one."""
+        if not self.came.wait(COMING):
+            _leave(f"{name} asks the run to stop, and not all of its ranks have come", self.tell)
+        self.met.wait()
+        self._ask(0, f"{name} to rank {self.rank}" if self.rank else name)    # who asks the others
+        self._ask(self.rank, name)                      # rank 0 may have come to its end
+
+    def _say(self, word: str) -> None:
+        """Once, however many signals come."""
+        if self.noted.acquire(blocking=False):
+            self.note(f"{word}: stops after {'this' if self.met.is_set() else 'the first'} step, with a checkpoint"
+                      f"{'; again: at once, without' * (self.alone and word == 'SIGINT')}")
 
     def _follow(self, parent: int, what: str) -> None:
         while os.getppid() == parent:
@@ -131,6 +150,7 @@ class Stop:
             if self.rank == 0:
                 store.set("last", self._gather(store, word) if word else str(self.begun))
             if word:
+                self._say(word)
                 store.wait(["last"], 2 * PATIENCE)
                 last = store.get("last").decode()
                 self.last, self.lost = (int(last), "") if last.isdecimal() else (0, last)
@@ -162,11 +182,11 @@ def _deafen() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _leave(why: str, tell: Callable[[str], None]) -> None:
+def _leave(why: str, tell: Callable[[str], None], code: int = EXIT) -> None:
     """End this process, whatever it waits for."""
     with contextlib.suppress(OSError):
         os.write(2, f"stepladder: {why}\n".encode())
     telling = threading.Thread(target=tell, args=(why,), daemon=True)
     telling.start()
     telling.join(TELL)                                     # the disk may be what hangs
-    os._exit(EXIT)
+    os._exit(code)

@@ -19,7 +19,7 @@ from stepladder.data import loader as data
 from stepladder.data.fetch import Limits
 from stepladder.launch import agree, config, hardware, rules, timeline, world
 from stepladder.launch.events import Events, refusals
-from stepladder.launch.log import Log
+from stepladder.launch.log import Log, say
 from stepladder.launch.stop import Stop
 from stepladder.launch.toml import differing
 from stepladder.model.context import borders
@@ -141,7 +141,7 @@ class Trainer:
         if self.log is not None:
             self.log.note(text)
         elif self.world.main:
-            print(text, flush=True)
+            say(text)
 
     def _unsaved(self, why: str) -> None:
         self._tell(why)
@@ -333,7 +333,7 @@ def run(args: argparse.Namespace) -> int:
     device, minutes = w.device(config.derived(chosen, w.size).device), chosen.train.collective_minutes
     events = Events(folder, w.rank)
     with (Lock(folder) if w.main else contextlib.nullcontext(), events.faults(),
-          contextlib.closing(Stop(events.fault)) as stop):
+          contextlib.closing(Stop(events.fault, say if w.main else lambda text: None, w.size == 1)) as stop):
         if w.launcher in world.PARENTS:
             stop.follow(args.parent, f"{w.launcher}, which started rank {w.rank}, is gone; start the run again")
         events.begin()

@@ -305,12 +305,13 @@ def test_held_out_loss_and_checkpoints_of_every_layout(folder: Path, tmp_path: P
 
 
 def test_ctrl_c_saves(folder: Path, tmp_path: Path) -> None:
-    ranks.run(1, interrupted, folder / "run0.toml", tmp_path / "run")
+    (out,) = ranks.run(1, interrupted, folder / "run0.toml", tmp_path / "run")
+    assert "SIGINT: stops after this step, with a checkpoint; again: at once, without\n" in out
     newest = checkpoint.steps(tmp_path / "run" / "checkpoints")[0].name
     assert newest == "step-00000001"             # the one in which it came
 
 
-def interrupted(rank: int, n: int, config: Path, run: Path) -> None:
+def interrupted(rank: int, n: int, config: Path, run: Path) -> str:
     update = Optimizer.step
 
     def step(self: Optimizer, *args: Any, **kw: Any) -> Report:
@@ -319,4 +320,6 @@ def interrupted(rank: int, n: int, config: Path, run: Path) -> None:
         return update(self, *args, **kw)
 
     Optimizer.step = step
-    lambda_train(rank, n, config, run)
+    with redirect_stdout(io.StringIO()) as out:
+        assert cli.main(["train", str(config), "--folder", str(run)]) == 0
+    return out.getvalue()

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -40,6 +40,13 @@ def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     yield made
     for s in made:
         s.close()
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.002)
 
 
 def ask(rank: Stop, number: int) -> None:
@@ -87,14 +94,6 @@ def test_a_signal_that_comes_before_the_ranks_have_met_is_kept():
     early.close()
 
 
-def test_signals_of_this_process_are_seen_and_the_second_ctrl_c_ends_it(ranks: list[Stop]):
-    os.kill(os.getpid(), signal.SIGINT)
-    assert ranks[0].known.wait(5)
-    assert (ranks[0].asked, ranks[1].asked) == ("SIGINT", "SIGINT")
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.parametrize("ranks", [(0, 2)], indirect=True)
 def test_a_rank_that_does_not_answer_is_named_on_all_others(ranks: list[Stop], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stop, "PATIENCE", timedelta(seconds=0.3))
@@ -112,6 +111,37 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(stop, "LOOK", 0.05)
     monkeypatch.setattr(os, "_exit", codes.append)
     return codes
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_a_ctrl_c_says_what_comes_of_it_and_of_a_second_which_ends_the_program(ended, capfd, met: bool):
+    told: list[str] = []
+    notes: list[str] = []
+    one = Stop(told.append, notes.append, alone=True)
+    if met:
+        one.meet(None, 0, 1, 1)
+    for heard in (notes, ended):
+        assert not heard
+        os.kill(os.getpid(), signal.SIGINT)
+        until(heard.__len__)
+    assert (one.asked, ended) == ("SIGINT", [130])
+    step = "this" if met else "the first"
+    one.close()
+    assert notes == [f"SIGINT: stops after {step} step, with a checkpoint; again: at once, without"]
+    assert told == ["the second SIGINT ends the run at once"]
+    assert capfd.readouterr().err == f"stepladder: {told[0]}\n"
+
+
+def test_what_comes_of_a_signal_is_said_once_by_rank_0(ranks: list[Stop]):
+    """Which alone is given something to say it with."""
+    notes: list[str] = []
+    ranks[0].note = notes.append
+    for rank, number in ((2, signal.SIGINT), (0, signal.SIGINT), (1, signal.SIGTERM)):
+        ask(ranks[rank], number)
+        assert ranks[0].known.wait(5)
+    for rank in ranks:
+        rank.close()
+    assert notes == ["SIGINT to rank 2: stops after this step, with a checkpoint"]
 
 
 def test_a_rank_that_is_to_stop_does_not_wait_for_those_that_never_come(ended, capfd, monkeypatch: pytest.MonkeyPatch):
