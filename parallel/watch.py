@@ -133,6 +133,12 @@ class Watch:
             self.names[self.started % NAMES] = kind, where
         return self.started
 
+    def forget(self, started: int) -> None:
+        """What began after number `started` was this rank's alone, and is complete: numbers of ranks are compared."""
+        if self.on:
+            self.started, self.complete = started, min(self.complete, started)
+            self.held = deque(h for h in self.held if h[0] <= started)
+
     def step(self, step: int) -> None:
         """Step `step` begins."""
         if self.on:

@@ -13,8 +13,8 @@ Modelled: streams and events; collectives, which run beside the stream that star
 are given until then; the caching allocator, with a pool for each stream; and autograd, which runs a node on the stream
 of its forward, has it wait for those that made its gradients, and does neither for the tensors that it saved.
 
-Not modelled: what the host reads, collectives by copy engines, graphs, FSDP, several devices. Which memory the allocator
-gives away is not known: the worst is taken, that a stream's next operation gets it.
+Not modelled: what the host reads, collectives by copy engines, graphs, FSDP, several devices. Which memory is given
+away is not known: the worst is taken, that a stream's next operation gets it.
 """
 from __future__ import annotations
 
