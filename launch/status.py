@@ -24,11 +24,10 @@ def run(args: argparse.Namespace) -> None:
 
 def said(folder: Path, now: float) -> dict[str, str]:
     """What there is to say, by name."""
-    config = tomllib.loads((folder / "config.toml").read_text())
-    steps, tokens = config["train"]["steps"], config["data"]["batch_tokens"]
+    steps, tokens = _goal(folder / "config.toml")
     records, told = _records(folder / "metrics.jsonl"), events.read(folder)
-    at = records[-1]["step"] if records else 0
-    out = {"run": f"{folder}: {_state(folder, told)}", "step": f"{at} of {steps}", "tokens": f"{at * tokens:,}"}
+    at, seen = (records[-1]["step"], records[-1]["tokens"]) if records else (0, 0)
+    out = {"run": f"{folder}: {_state(folder, told, steps)}", "step": f"{at} of {steps}", "tokens": f"{seen:,}"}
     if records:
         out["step"] += f", {_ago(now - (folder / 'metrics.jsonl').stat().st_mtime)}"
         if records[-1].get("loss") is not None:
@@ -49,13 +48,24 @@ def said(folder: Path, now: float) -> dict[str, str]:
     return out
 
 
-def _state(folder: Path, told: list[dict[str, Any]]) -> str:
+def _goal(file: Path) -> tuple[int, int]:
+    """Steps of the run, tokens of a step."""
+    try:
+        config = tomllib.loads(file.read_text())
+        return config["train"]["steps"], config["data"]["batch_tokens"]
+    except (KeyError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{file} holds no run's configuration ({error!r}); train writes it anew") from None
+
+
+def _state(folder: Path, told: list[dict[str, Any]], steps: int) -> str:
     """By the marker and the last event; a process that was killed had no time for either."""
     last, marker = told[-1]["event"] if told else "", folder / events.MARKER
     if last == "fault":
         return "failed; another start may mend it" if marker.exists() else "failed"
+    if not marker.exists() and last == "end":
+        return "finished" if (at := told[-1]["step"]) >= steps else f"stopped at step {at}, as --steps-now said"
     if not marker.exists():
-        return "finished" if last == "end" else "not begun"
+        return "not begun"
     return marker.read_text().strip() if last == "end" else "running, or cut off"
 
 

@@ -11,9 +11,9 @@ from stepladder.launch import cli, status
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of 100 steps of 1000 tokens at 500 tokens a second; it was restarted once and is at step 40."""
+    """A run of 100 steps, of 1000 tokens now and 900 until step 40, at 500 tokens a second; it was restarted once."""
     (tmp_path / "config.toml").write_text("[train]\nsteps = 100\n[data]\nbatch_tokens = 1000\n")
-    lines = [json.dumps({"step": s, "loss": 5 - s / 100, "tokens_per_s": 500.0, "long": "x" * 3000})
+    lines = [json.dumps({"step": s, "tokens": 900 * s, "loss": 5 - s / 100, "tokens_per_s": 500.0, "long": "x" * 3000})
              for s in range(1, 41)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 41, "lo')
     for step in (10, 40):
@@ -35,18 +35,19 @@ def test_status_says_where_a_run_stands(run: Path):
     said = status.said(run, now=3600 * 4)
     assert said["run"] == f"{run}: running, or cut off"
     assert said["step"].startswith("40 of 100, ")
-    assert (said["tokens"], said["loss"]) == ("40,000", "4.6000")
+    assert (said["tokens"], said["loss"]) == ("36,000", "4.6000")
     assert (said["speed"], said["left"]) == ("500 tokens/s", "2.0 minutes")
     assert said["started"] == "3.0 hours ago, on 16 ranks told by Slurm"
     assert (said["restarts"], said["checkpoint"]) == ("1", "step-00000040")
     assert said["last error"] == "rank 0 lost the others (3.0 hours ago)"
 
 
-@pytest.mark.parametrize(("last", "marker", "state"), [
-    ("end", "stopped by SIGUSR1 at step 40", "stopped by SIGUSR1 at step 40"), ("end", "", "finished"),
-    ("fault", "cut off", "failed; another start may mend it"), ("fault", "", "failed")])
-def test_the_state_is_the_last_word_of_the_run(run: Path, last: str, marker: str, state: str):
-    event(run, event=last, time=3800, step=40, error="x")
+@pytest.mark.parametrize(("last", "step", "marker", "state"), [
+    ("end", 40, "stopped by SIGUSR1 at step 40", "stopped by SIGUSR1 at step 40"), ("end", 100, "", "finished"),
+    ("end", 40, "", "stopped at step 40, as --steps-now said"),
+    ("fault", 40, "cut off", "failed; another start may mend it"), ("fault", 40, "", "failed")])
+def test_the_state_is_the_last_word_of_the_run(run: Path, last: str, step: int, marker: str, state: str):
+    event(run, event=last, time=3800, step=step, error="x")
     (run / "unfinished").write_text(marker) if marker else (run / "unfinished").unlink()
     assert status.said(run, now=3900)["run"] == f"{run}: {state}"
 
@@ -56,6 +57,13 @@ def test_a_run_that_has_made_no_step_has_a_status(run: Path):
         (run / name).unlink()
     said = status.said(run, now=0)
     assert (said["run"], said["step"], said["restarts"]) == (f"{run}: not begun", "0 of 100", "0")
+
+
+def test_a_configuration_that_was_not_written_to_its_end_is_refused(run: Path, capsys):
+    for text in ("", "[train"):
+        (run / "config.toml").write_text(text)
+        assert cli.main(["status", str(run)]) == 2
+        assert f"{run / 'config.toml'} holds no run's configuration (" in capsys.readouterr().err
 
 
 def test_the_status_of_no_run_is_refused(tmp_path: Path, capsys):
