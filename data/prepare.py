@@ -283,10 +283,14 @@ def _check(workers: int, train: int, tokens: str, options: Options) -> None:
 def _lock(out: Path) -> Iterator[None]:
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another prepare is writing here") from None
+        except OSError as error:
+            way = "mount its file system with locks (Lustre: -o flock), or choose another --out"
+            raise ValueError(f"{out} cannot be locked ({error.strerror}); {way}") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"{out}: another prepare is writing here") from None
     finally:
         os.close(folder)
 

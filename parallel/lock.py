@@ -1,11 +1,18 @@
 """One program at a time writes to a run folder."""
 
+import contextlib
 import fcntl
 import os
 import socket
 from pathlib import Path
 
 from stepladder.parallel.checkpoint_folder import CheckpointError
+
+
+class InUse(CheckpointError):
+    """Another program writes to the run folder, or did on a machine of which its server has not heard since."""
+
+    passing = True  # it may be over when this one is started again
 
 
 class Lock:
@@ -25,12 +32,16 @@ class Lock:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
-            raise CheckpointError(
+            raise InUse(
                 f"run folder {self.path.parent} is in use by {holder}; stop it or give this run another folder"
             ) from None
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
-        self.file.flush()
+        except OSError as error:
+            self.file.close()
+            way = "mount its file system with locks (Lustre: -o flock), or give this run another folder"
+            raise CheckpointError(f"{self.path} cannot be locked ({error.strerror}); {way}") from None
+        with contextlib.suppress(OSError):  # a full disk holds the lock, too
+            os.ftruncate(self.file.fileno(), 0)
+            os.write(self.file.fileno(), f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
         return self
 
     def __exit__(self, *error: object) -> None:

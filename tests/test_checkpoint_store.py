@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from stepladder.launch import export
 from stepladder.parallel import checkpoint, checkpoint_folder
 from stepladder.parallel.checkpoint import CheckpointError, Store
-from stepladder.parallel.lock import Lock
+from stepladder.parallel.lock import InUse, Lock
 
 META = {"step": 0, "config": "[model]\nwidth = 8\n", "cursor": {"lanes": [1, 2]}}
 
@@ -279,7 +279,7 @@ def test_a_second_program_is_refused_the_run_folder(tmp_path):
             try:
                 with Lock(tmp_path):
                     os._exit(1)
-            except CheckpointError as error:
+            except InUse as error:
                 os._exit(0 if f"in use by process {os.getppid()} on host" in str(error) else 2)
         assert os.waitpid(child, 0)[1] == 0
     with Lock(tmp_path):
