@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ STARTING = "cut off while it started\n"      # a marker that is this start's own
 
 
 class Events:
-    """The events of one run, for every rank to call; only rank 0 writes, except for faults."""
+    """The events of one run, for every rank to call; only rank 0 writes, but for faults and skipped shards."""
 
     def __init__(self, run: Path, rank: int) -> None:
         self.file, self.marker, self.untold, self.begun = (run / name for name in (FILE, MARKER, UNTOLD, BEGUN))
@@ -60,10 +61,19 @@ class Events:
         if self.main:
             self._write(event, facts)
 
+    def left_out(self, step: int, shard: str) -> None:
+        """A shard is skipped: said by the rank that reads it."""
+        self._write("skip", {"rank": self.rank, "step": step, "shard": shard})
+
     def _write(self, event: str, facts: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):            # a full disk costs a line, never the run
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n")
+            line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}).encode() + b"\n"
+            with open(self.file, "ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    torn = file.read() != b"\n"           # a killed run did not finish its line
+                    line = b"\n" * torn + line
+                file.write(line)
 
     def goes_on(self, why: str) -> None:
         """Leave or renew the marker: from here on the run should be started again if it ends, for the reason `why`."""

@@ -128,8 +128,12 @@ def _rewind(path: Path, step: int) -> None:
         return
     kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(temporary)) from None
 
 
 def _step_of(line: bytes) -> float:

@@ -96,6 +96,7 @@ class Trainer:
         """The model, from its checkpoint if there is one, and the log."""
         if meta:
             checkpoint.refuse_mismatch({"data": meta["manifest"]}, {"data": self.loader.manifest_hash})
+        self.tokenizer = self.loader.tokenizer               # may be missing: before the log is cut to this step
         self.parts = build(run.model, self.mesh, seed=run.train.seed, dtype=DTYPES[run.train.dtype],
                            recompute=run.train.recompute, compiled=run.train.compile, captured=run.train.graph,
                            seq=run.data.seq)
@@ -157,7 +158,7 @@ class Trainer:
         if self.mesh.pp > 1:
             self._tell(spans.spell(self.run.model, self.run.parallel, self.run.data.seq))
         self._tell(f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them for each token, "
-                   f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.loader.tokenizer.name}")
+                   f"{self.flops / 1e6:.1f} MFLOP a token, tokenizer {self.tokenizer.name}")
         self._tell(f"from step {self.at} in {start}" if start else f"from the beginning, in {self.folder}")
         if self.changed:
             self._tell(f"changed since step {self.at}: "
@@ -257,11 +258,8 @@ class Trainer:
             record["eval_loss"] = self.evaluate()
         record |= self.header
         self.header = {}
-        if self.loader.skipped:
-            record["skipped_shards"] = self.loader.skipped
-        for why in self.loader.news():                   # told by whichever rank reads the shard
-            (self._tell if self.world.main else print)(f"skipped {why}")
-            self.events.add("skip", step=late.step, shard=why)
+        if lost := self._left_out(late.step):
+            record["skipped_shards"] = lost
         self.log.step(record)
         if int(r.skipped) > self.skipped:
             self.skipped = int(r.skipped)
@@ -270,6 +268,19 @@ class Trainer:
             raise TrainingError(f"{int(r.streak)} steps in a row had a gradient that is not finite, the last one step "
                                 f"{late.step}; the data then stood at {self.cursor}; resume from the last checkpoint "
                                 f"with a lower optimizer.lr, or raise train.max_skipped")
+
+
+    def _left_out(self, step: int) -> int:
+        """Shards of which blocks were left out, on all ranks; told by whichever reads them."""
+        if self.mesh.tp_rank == self.mesh.pp_rank == 0:
+            for why in self.loader.news():
+                (self._tell if self.world.main else print)(f"skipped {why}")
+                self.events.left_out(step, why)
+                if self.meeting is not None:
+                    self.meeting.add("skipped", 1)
+        if self.meeting is None or self.run.data.on_error == "stop":
+            return self.loader.skipped
+        return self.meeting.add("skipped", 0) if self.world.main else 0
 
 
 class _Late:
@@ -363,8 +374,9 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
     began, folder, main = time.perf_counter(), trainer.folder, trainer.world.main
     try:
         if main:
-            (folder / "config.toml").write_text(config.dump(trainer.run))
-            trainer.loader.tokenizer.save(folder)             # the run can be sampled without its shards
+            (folder / "config.tmp").write_text(config.dump(trainer.run))
+            os.replace(folder / "config.tmp", folder / "config.toml")
+            trainer.tokenizer.save(folder)             # the run can be sampled without its shards
         with (timeline.profiled(args.profile, folder, trainer.world.rank) as mark,
               timeline.drawn(args.timeline, trainer.parts, folder / "timeline.png", trainer._tell) as draw):
             trainer.steps(args.steps_now, mark, draw)

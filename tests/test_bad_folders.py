@@ -2,6 +2,8 @@
 # ruff: noqa: F811  fixtures are imported
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -96,6 +98,44 @@ def test_a_start_that_does_not_fit_a_run_is_refused_by_the_key_and_leaves_the_ru
     assert " loss " not in out
     assert files() == before
     assert status.said(FOLDER, time.time())["run"] == f"{FOLDER}: stopped by SIGTERM at step 2"
+
+
+def test_a_start_without_the_tokenizer_leaves_the_records_that_were_not_saved(trained, refused):
+    with open(FOLDER / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3}\n')
+    Path("shards/tokenizer.json").unlink()
+    before = files()
+    assert "shards/tokenizer.json" in refused("train", "run.toml", "train.steps=4")[0]
+    assert files() == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+@pytest.mark.parametrize("command", ["train run.toml", "prepare run.toml --out out"])
+def test_a_file_system_without_locks_is_named(refused, monkeypatch, number, command):
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    where = FOLDER / ".lock" if command.startswith("train") else "out"
+    sentence, _ = refused(*command.split())
+    assert sentence.startswith(f"{where} cannot be locked ({os.strerror(number)}); mount its file system with locks")
+
+
+def test_a_resume_on_a_full_disk_names_the_file_it_could_not_write(trained, refused, monkeypatch):
+    write = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if self.name == "metrics.tmp":
+            write(self, data[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    before = (FOLDER / "metrics.jsonl").read_bytes()
+    assert refused("train", "run.toml", "train.steps=4")[0] == f"{FOLDER}/metrics.tmp: No space left on device"
+    assert (FOLDER / "metrics.jsonl").read_bytes() == before
+    assert not (FOLDER / "metrics.tmp").exists()
 
 
 def test_what_a_resume_changes_of_a_run_is_said_and_kept(trained, train):

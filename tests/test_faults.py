@@ -251,6 +251,19 @@ def test_a_corrupt_shard_ends_the_run_until_it_is_mended(folder: Path, alone: li
     assert losses(run) == alone
 
 
+def test_a_shard_that_another_rank_than_0_leaves_out_is_told_and_counted(folder: Path, tmp_path: Path):  # noqa: F811
+    run, config, shards = tmp_path / "run", tmp_path / "run.toml", tmp_path / "shards"
+    shutil.copytree(folder / "shards", shards)
+    config.write_text((folder / "run0.toml").read_text().replace(str(folder / "shards"), str(shards)))
+    harmed, first = bytearray((shards / "shard-00000.tar").read_bytes()), 13            # of the lanes of rank 1
+    harmed[int(Corpus(shards).manifest.shards[0].blocks[first][Columns.OFFSET]) + 600] ^= 1
+    (shards / "shard-00000.tar").write_bytes(harmed)
+    assert ranks.run(2, runs, config, run, "data.on_error=skip", "--steps-now", "2") == [0, 0]
+    skipped = [(e["rank"], e["step"]) for e in events.read(run) if e["event"] == "skip"]
+    assert skipped == [(1, 1)]
+    assert records(run)[2]["skipped_shards"] == 1         # of the first step rank 0 may not have heard yet
+
+
 def test_a_server_of_shards_that_stalls_ends_the_run_within_its_limit_and_may_be_tried_again(
         folder: Path, alone: list[float], tmp_path: Path):  # noqa: F811
     run, server = tmp_path / "run", Server(folder / "shards")
