@@ -8,6 +8,7 @@ variables that rewrite addresses.
 from __future__ import annotations
 
 import http.client
+import math
 import os
 import queue
 import random
@@ -52,7 +53,7 @@ class FetchError(OSError):
     """A file that did not come; the text says how often it was tried and what happened last."""
 
 
-class Gone(OSError):
+class Gone(FetchError):
     """An answer that another attempt would not change."""
 
 
@@ -81,10 +82,15 @@ class Remote:
         self.closed = False  # set from another thread: a fetch under way ends at once
         self._open: Callable[[str, float], Stream] = _kind(base)
 
-    def fetch(self, url: str, take: Callable[[Iterator[bytes]], _T]) -> _T:
-        """What `take` makes of the file's bytes; after an OSError it is given them from the start again."""
+    def fetch(
+        self, url: str, take: Callable[[Iterator[bytes]], _T], until: float = math.inf, patient: bool = True
+    ) -> _T:
+        """What `take` makes of the file's bytes; after an OSError it is given them from the start again.
+
+        until (time.monotonic) ends it before its own limit does. Not patient: so does the first attempt that stalls.
+        """
         limits, began = self.limits, time.monotonic()
-        until = began + limits.total
+        until = min(until, began + limits.total)
         attempt = 0
         while True:
             attempt += 1
@@ -92,11 +98,13 @@ class Remote:
                 with closing(self._chunks(url, until)) as chunks:
                     return take(chunks)
             except OSError as error:
-                last, final = error, isinstance(error, Gone)
+                last = error
+            gone = isinstance(last, Gone)
+            final = gone or (not patient and isinstance(last, TimeoutError)) or attempt > limits.retries
             pause = self._pause(url, attempt)
-            if final or attempt > limits.retries or time.monotonic() + pause >= until:
+            if final or time.monotonic() + pause >= until:
                 tried = f"{attempt} attempt{'s' * (attempt > 1)} in {time.monotonic() - began:.1f} s"
-                raise FetchError(f"{tried}, {'the last: ' * (attempt > 1)}{_told(last)}") from None
+                raise (Gone if gone else FetchError)(f"{tried}, {'the last: ' * (attempt > 1)}{_told(last)}") from None
             self._sleep(pause)
 
     def _pause(self, url: str, attempt: int) -> float:
@@ -133,7 +141,7 @@ class Remote:
             except queue.Empty:
                 now = time.monotonic()
             if now >= until:
-                raise TimeoutError(f"not done after {self.limits.total:g} s")
+                raise TimeoutError("not done in time")
             if now >= silent:
                 raise TimeoutError(f"no byte came for {self.limits.stall:g} s")
         raise Gone("the reader was closed")

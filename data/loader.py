@@ -14,7 +14,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from multiprocessing import util
 from multiprocessing.connection import Connection
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from stepladder.data.fetch import DEFAULT, Limits
+from stepladder.data.manifest import Manifest
 from stepladder.data.pack import IGNORE as IGNORE
 from stepladder.data.pack import Feed, Share, State, fresh, read
 from stepladder.data.shards import Corpus
@@ -54,6 +55,7 @@ class Loader:
     on_error: "stop" raises ShardError, "skip" leaves unreadable blocks out and counts their shards in `skipped`.
     limits: for sources that are no folders.
     vocab: of the model; a tokenizer with more ids is refused.
+    manifests: of another loader of these sources, which are not read again.
     Raises ValueError for what cannot work, before anything is read.
     """
 
@@ -76,13 +78,16 @@ class Loader:
         on_error: str = "stop",
         limits: Limits = DEFAULT,
         vocab: int | None = None,
+        manifests: Mapping[str, Manifest] | None = None,
     ):
         _check(sources, seq, rows, lanes, dp_rank, dp_size, split, heldout, workers, prefetch, on_error)
         self._broken: dict[tuple[str, int], str] = {}
         self._told: set[tuple[str, int]] = set()
         self.waited = 0.0
         limits = limits._replace(seed=f"{seed} {dp_rank}")
-        corpora = {source.name: Corpus(source.shards, lanes // dp_size, limits) for source in sources}
+        known = manifests or {}
+        corpora = {s.name: Corpus(s.shards, lanes // dp_size, limits, known.get(s.name)) for s in sources}
+        self.manifests = {name: corpus.manifest for name, corpus in corpora.items()}
         _check_corpora(corpora, vocab, sizes=on_error == "stop")
         self.manifest_hash = _hash(sources, corpora)
         self._corpus = corpora[sources[0].name]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stepladder.data.manifest import Columns
-from stepladder.data.shards import Corpus, ShardError
+from stepladder.data.shards import Away, Corpus, ShardError
 
 IGNORE = -100  # target where the next token belongs to another document
 State = dict[str, Any]  # of a lane, plain JSON: see Lane.state
@@ -34,6 +34,7 @@ class Feed:
         self.name, self.corpus, self.weight = name, corpus, weight
         self.seed, self.lanes, self.split, self.heldout, self.skip = seed, lanes, split, heldout, skip
         self.broken: dict[tuple[str, int], str] = {}  # shards in which a block was skipped, and why the first was
+        self.away = False  # whether the last was skipped for a reason that passes
         counts = [shard.documents for shard in corpus.manifest.shards]
         self._first = np.cumsum([0, *counts])  # number in the corpus of each shard's first document
         self._blocks = self._owned()
@@ -142,8 +143,9 @@ class Lane:
             looked += 1
             if place.block == len(self._order(feed, place.epoch)):
                 if looked > place.block:
-                    raise ValueError(f"source {feed.name!r}: lane {self.number} cannot read any document of an epoch; "
-                                     "prepare or copy its shards again")  # fmt: skip
+                    kind, way = (Away, "see to it") if feed.away else (ValueError, "prepare or copy its shards again")
+                    what = f"source {feed.name!r}: lane {self.number} cannot read any document of an epoch"
+                    raise kind(f"{what}; {way}")
                 place.epoch, place.block = place.epoch + 1, 0
         self._document = found[place.document]
         self.open = feed.name
@@ -165,6 +167,7 @@ class Lane:
                 if not feed.skip:
                     raise
                 feed.broken.setdefault((feed.name, shard), error.fault)
+                feed.away = error.passing
                 self._blocks[feed.name] = at, []
         return self._blocks[feed.name][1]
 

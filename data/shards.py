@@ -22,23 +22,29 @@ from webdataset.tariterators import tar_file_iterator
 
 from stepladder.data import fetch, manifest, tokenizer
 from stepladder.data.cache import Cache
-from stepladder.data.fetch import FetchError, Limits
+from stepladder.data.fetch import FetchError, Gone, Limits
 from stepladder.data.manifest import Columns, Manifest, Shard
 
-AWAY = "cannot be fetched"
+LASTING = Gone, FileNotFoundError, NotADirectoryError, PermissionError  # another start would meet them again
+
+
+class Away(ValueError):
+    """A source that does not answer; another start may find it."""
+
+    passing = True
 
 
 class ShardError(ValueError):
-    """A shard that is missing, cut short or corrupt; `offset` is the byte in it where the unreadable block begins."""
+    """A shard that is missing, cut short or corrupt; `offset` is the byte in it where the unreadable block begins.
 
-    def __init__(self, shard: str, offset: int, what: str, way: str = "prepare or copy it again"):
-        super().__init__(shard, offset, what, way)
-        self.shard, self.offset, self.what, self.way = shard, offset, what, way
+    passing: another start may find it.
+    """
 
-    @property
-    def passing(self) -> bool:
-        """Whether another start may find it: its source did not answer."""
-        return self.what.startswith(AWAY)
+    def __init__(
+        self, shard: str, offset: int, what: str, way: str = "prepare or copy it again", passing: bool = False
+    ):
+        super().__init__(shard, offset, what, way, passing)
+        self.shard, self.offset, self.what, self.way, self.passing = shard, offset, what, way, passing
 
     @property
     def fault(self) -> str:
@@ -59,14 +65,18 @@ class Corpus:
     base: a folder, an http(s) address, a `pipe:` command or an address of an object store that fsspec knows. A file's
     name is put in the place of `{file}`, or after a slash at its end.
     keep: shards from elsewhere held open: as many as there are lanes reading.
+    known: its manifest, if it has been read before.
     """
 
-    def __init__(self, base: str | Path, keep: int = 8, limits: Limits = fetch.DEFAULT):
+    def __init__(
+        self, base: str | Path, keep: int = 8, limits: Limits = fetch.DEFAULT, known: Manifest | None = None
+    ):
         self.base = str(base).removesuffix("/" + manifest.FILE).rstrip("/")
         self.remote = fetch.Remote(self.base, limits) if fetch.elsewhere(self.base) else None
-        self.manifest: Manifest = manifest.parse(self.fetch(manifest.FILE), self.url(manifest.FILE))
+        self.manifest = known or manifest.parse(self.fetch(manifest.FILE), self.url(manifest.FILE))
         self.keep = keep
-        self._held: OrderedDict[int, tuple[BinaryIO, str]] = OrderedDict()  # and why it is not whole, if it is not
+        self._held: OrderedDict[int, tuple[BinaryIO, FetchError | None]] = OrderedDict()  # and why it is not whole
+        self._vain = 0.0  # seconds spent on shards that did not come, since the last that did
         self._cache: Cache | None = None
         if self.remote and limits.cache:
             self._cache = Cache(limits.cache, int(limits.cache_gib * 2**30))
@@ -84,8 +94,10 @@ class Corpus:
         try:
             return self.remote.fetch(url, b"".join) if self.remote else Path(url).read_bytes()
         except OSError as error:
-            way = "`stepladder prepare` makes such a folder" if not self.remote else "is the address right?"
-            raise ValueError(f"{url}: cannot be read ({error}); {way}") from None
+            lasting = isinstance(error, LASTING)
+            local = "`stepladder prepare` makes such a folder" if lasting else "see to its disk"
+            way = "is the address right?" if self.remote else local
+            raise (ValueError if lasting else Away)(f"{url}: cannot be read ({error}); {way}") from None
 
     def close(self) -> None:
         """Ends a fetch that another thread waits for."""
@@ -101,12 +113,12 @@ class Corpus:
 
     def check_sizes(self) -> None:
         """Refuses local shards that are missing or of another size, without reading them."""
-        for shard in () if self.remote else self.manifest.shards:
+        for number, shard in enumerate(() if self.remote else self.manifest.shards):
             path = self.url(shard.file)
             try:
                 size = os.stat(path).st_size
             except OSError as error:
-                raise ShardError(path, 0, f"cannot be read ({error.strerror})") from None
+                self._raise(number, 0, error)
             if size != shard.bytes:
                 short = "empty" if size == 0 else "truncated" if size < shard.bytes else "too long"
                 raise ShardError(path, size, f"{short}: {size} bytes, the manifest says {shard.bytes}, so it ends")
@@ -120,9 +132,9 @@ class Corpus:
             return self._block(*self._hold(shard), shard, block)
         try:
             with open(self.url(told.file), "rb") as file:
-                return self._block(file, "", shard, block)
+                return self._block(file, None, shard, block)
         except OSError as error:
-            self._raise(shard, block, f"cannot be read ({error.strerror})")
+            self._raise(shard, block, error)
 
     def verify(self, shard: int) -> None:
         """Reads the whole shard against its sha256 and its blocks' checksums. Raises ShardError."""
@@ -138,45 +150,56 @@ class Corpus:
         if found != told.sha256:
             self._raise(shard, 0, f"sha256 {found[:12]} is not the manifest's {told.sha256[:12]}: corrupt")
 
-    def _hold(self, shard: int) -> tuple[BinaryIO, str]:
+    def _hold(self, shard: int) -> tuple[BinaryIO, FetchError | None]:
         """A shard from elsewhere, and why it is not whole; then its sound blocks are read all the same.
 
         A lane reads the blocks of one shard before the next shard's, so it is asked for about once an epoch.
         """
         if shard not in self._held:
-            self._held[shard] = self._fetch(self.manifest.shards[shard])
+            self._held[shard] = self._wait(self.manifest.shards[shard])
         self._held.move_to_end(shard)
         while len(self._held) > self.keep:
             _, (file, _) = self._held.popitem(last=False)
             file.close()
         return self._held[shard]
 
-    def _fetch(self, told: Shard) -> tuple[BinaryIO, str]:
+    def _wait(self, told: Shard) -> tuple[BinaryIO, FetchError | None]:
+        """As `_fetch`. All shards in a row that do not come have the time of one, and the next attempt: then Away."""
         assert self.remote is not None
-        remote, why = self.remote, ""
+        limits, began, before = self.remote.limits, time.monotonic(), self._vain
+        file, why = self._fetch(self.remote, told, began + max(limits.stall, limits.total - before))
+        came = why is None or isinstance(why, Gone)
+        self._vain = 0.0 if came else before + time.monotonic() - began
+        if before and self._vain >= limits.total:
+            raise Away(f"{self.base}: no shard came in {self._vain:.0f} s, the last {told.file} ({why}); see to the "
+                       "source, or raise data.fetch_minutes")  # fmt: skip
+        return file, why
+
+    def _fetch(self, remote: fetch.Remote, told: Shard, until: float) -> tuple[BinaryIO, FetchError | None]:
+        """A shard from elsewhere and why it is not whole, if it is not."""
+        why: FetchError | None = None
 
         def fill(file: BinaryIO) -> bool:
             nonlocal why
             try:
-                remote.fetch(self.url(told.file), lambda chunks: _store(chunks, file, told))
+                remote.fetch(self.url(told.file), lambda chunks: _store(chunks, file, told), until, not self._vain)
             except FetchError as error:
-                why = f"{AWAY} ({error})"
-            return not why
+                why = error
+            return why is None
 
         if self._cache:
             try:
-                until = time.monotonic() + remote.limits.total
                 if file := self._cache.open(told.sha256, told.bytes, fill, until):
                     return file, why
             except TimeoutError as error:
-                return io.BytesIO(), f"{AWAY} ({error})"
+                return io.BytesIO(), FetchError(str(error))
             except OSError:
-                why = ""  # the cache cannot be used, the shard perhaps can
+                why = None  # the cache cannot be used, the shard perhaps can
         file = io.BytesIO()
         fill(file)
         return file, why
 
-    def _block(self, file: BinaryIO, why: str, shard: int, block: int) -> Block:
+    def _block(self, file: BinaryIO, why: FetchError | None, shard: int, block: int) -> Block:
         row = self.manifest.shards[shard].blocks[block]
         file.seek(int(row[Columns.OFFSET]))
         data = file.read(int(row[Columns.SIZE]))
@@ -207,10 +230,14 @@ class Corpus:
         except (tarfile.TarError, EOFError, zlib.error):
             return
 
-    def _raise(self, shard: int, block: int, what: str) -> NoReturn:
-        offset = int(self.manifest.shards[shard].blocks[block][Columns.OFFSET])
-        way = "see whether its source still has what was prepared" if self.remote else "prepare or copy it again"
-        raise ShardError(self.url(self.manifest.shards[shard].file), offset, what, way)
+    def _raise(self, shard: int, block: int, what: str | OSError) -> NoReturn:
+        told, passing = self.manifest.shards[shard], isinstance(what, OSError) and not isinstance(what, LASTING)
+        way = "see to its disk" if passing else "prepare or copy it again"
+        if self.remote:
+            way = "see whether its source still has what was prepared"
+        if isinstance(what, OSError):
+            what = f"cannot be {'fetched' if self.remote else 'read'} ({what.strerror or what})"
+        raise ShardError(self.url(told.file), int(told.blocks[block][Columns.OFFSET]), what, way, passing) from None
 
 
 def _store(chunks: Iterator[bytes], file: BinaryIO, told: Shard) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from stepladder.data import loader as data
 from stepladder.data.fetch import Limits
+from stepladder.data.manifest import Manifest
 from stepladder.launch import agree, config, hardware, rules, timeline, world
 from stepladder.launch.events import Events, refusals
 from stepladder.launch.log import Log, say
@@ -84,6 +85,7 @@ class Trainer:
             saved, ours = tomllib.loads(meta["config"]), tomllib.loads(config.dump(run))
             checkpoint.refuse_mismatch({"model": saved["model"]}, {"model": ours["model"]})
             self.changed = dict(differing([agree.flat(saved), agree.flat(ours)]))
+        self.manifests: dict[str, Manifest] = {}
         if run.train.eval_every:
             self._loader(None, "heldout").close()       # too few documents for it: said now, not at step eval_every
         self.loader = self._loader(meta.get("cursor"))
@@ -131,12 +133,14 @@ class Trainer:
 
     def _loader(self, cursor: dict[str, Any] | None, split: str = "train") -> data.Loader:
         d, m = self.run.data, self.mesh
-        return data.Loader([data.Source(name, s.shards, s.weight) for name, s in d.sources.items()], seq=d.seq,
+        made = data.Loader([data.Source(name, s.shards, s.weight) for name, s in d.sources.items()], seq=d.seq,
                            rows=d.rows, lanes=d.lanes, seed=self.run.train.seed, dp_rank=m.dp_rank, dp_size=m.dp,
                            split=split, heldout=d.heldout, cursor=cursor, workers=d.workers if split == "train" else 0,
                            prefetch=d.prefetch, pin=self.device.type == "cuda", on_error=d.on_error,
                            limits=Limits(d.retries, d.stall_seconds, 60 * d.fetch_minutes, cache=d.cache,
-                                         cache_gib=d.cache_gib), vocab=self.run.model.vocab)
+                                         cache_gib=d.cache_gib), vocab=self.run.model.vocab, manifests=self.manifests)
+        self.manifests = made.manifests                      # a server that is away is no reason not to evaluate
+        return made
 
     def _tell(self, text: str) -> None:
         if self.log is not None:

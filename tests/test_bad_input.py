@@ -162,6 +162,14 @@ def test_a_block_that_is_corrupt_inside_stops_the_run_or_is_skipped(refused, tra
     assert skip["shard"] == fault
 
 
+def test_the_manifest_is_read_once_and_not_at_every_evaluation(train, monkeypatch):
+    """Or a server of shards that is away for a while would end a run that has them all."""
+    asked, fetch = [], Corpus.fetch
+    monkeypatch.setattr(Corpus, "fetch", lambda self, file: asked.append(file) or fetch(self, file))
+    train("data.heldout=0.3", "train.eval_every=1", "train.steps=1")
+    assert asked.count("manifest.json") == 1
+
+
 def test_a_source_that_falls_silent_is_reported_within_its_limit(refused):
     """The configuration's limits reach the readers, for the manifest and for shards, and so does the cache."""
     limits = "data.retries=1", "data.stall_seconds=0.3", "data.fetch_minutes=1", "data.cache=kept", "data.cache_gib=1"

@@ -1,5 +1,6 @@
 """Shards: the same blocks from a file, a pipe and a web server; broken ones are named, nothing is ever unpickled."""
 
+import errno
 import functools
 import hashlib
 import io
@@ -15,9 +16,11 @@ from pathlib import Path
 import pytest
 from corpora import corpus, texts
 
+from stepladder.data import shards
 from stepladder.data.fetch import Limits, Remote
 from stepladder.data.manifest import Columns
 from stepladder.data.shards import Corpus, ShardError
+from stepladder.launch import events
 
 ONCE = Limits(retries=0)
 
@@ -65,7 +68,7 @@ def test_file_pipe_and_web_server_give_the_same_blocks(made, server):
 def test_a_streamed_shard_is_fetched_once_for_all_its_blocks(made, monkeypatch):
     opened = []
     real = Remote.fetch
-    monkeypatch.setattr(Remote, "fetch", lambda self, url, take: opened.append(url) or real(self, url, take))
+    monkeypatch.setattr(Remote, "fetch", lambda self, url, *how: opened.append(url) or real(self, url, *how))
     remote = Corpus(f"pipe:cat {made}", keep=1)
     blocks(remote)
     assert len(opened) == 1 + len(remote.manifest.shards)
@@ -113,6 +116,26 @@ def test_a_shard_that_is_missing_empty_short_or_forbidden_is_refused_at_once(cop
         found.read(1, 0)
     with pytest.raises(ShardError, match="cannot be fetched"):
         Corpus(f"pipe:cat {copy}", limits=ONCE).read(1, 0)
+
+
+@pytest.mark.parametrize(("number", "passing"), [
+    (errno.ESTALE, True), (errno.EIO, True), (errno.ENOENT, False), (errno.EACCES, False)])  # fmt: skip
+def test_a_disk_that_fails_may_be_well_at_another_start_and_a_missing_file_is_not(copy, monkeypatch, number, passing):
+    found = Corpus(copy)
+
+    def fails(*args):
+        raise OSError(number, os.strerror(number))
+
+    for where, name, call in (
+        (shards, "open", lambda: found.read(0, 0)),
+        (os, "stat", found.check_sizes),
+        (Path, "read_bytes", lambda: Corpus(copy)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, fails, raising=False)
+            with pytest.raises(ValueError, match="cannot be read") as caught:
+                call()
+        assert events._passing(pickle.loads(pickle.dumps(caught.value))) is passing
 
 
 def test_other_members_are_never_decoded_or_written(copy, tmp_path):

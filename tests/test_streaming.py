@@ -32,6 +32,7 @@ from stepladder.data.fetch import Limits, Remote
 from stepladder.data.loader import Batch, Loader, Source
 from stepladder.data.manifest import Columns
 from stepladder.data.shards import Corpus, ShardError
+from stepladder.launch import events
 
 PATIENT = Limits(retries=3, stall=30, total=60, pause=0.01)
 STRICT = Limits(retries=1, stall=0.4, total=20, pause=0.01)
@@ -176,7 +177,7 @@ def test_a_shard_that_does_not_come_is_named_with_its_attempts_the_last_error_an
 ):
     server.faults = {"shard-00001.tar": [fault] * 9}
     found = Corpus(server.url, limits=PATIENT)
-    with pytest.raises(ShardError, match=rf"1.tar: cannot be fetched \({last}.*\) at byte \d+; see .* or set on_err"):
+    with pytest.raises(ShardError, match=rf"1.tar: cannot be fetched \({last}.*\) at byte \d+; see .* or train w"):
         found.verify(1)
     assert server.asked["shard-00001.tar"] == attempts
 
@@ -184,7 +185,7 @@ def test_a_shard_that_does_not_come_is_named_with_its_attempts_the_last_error_an
 @pytest.mark.parametrize(("fault", "limits", "most", "last"), [
     ("silent", STRICT, 5, "2 attempts in .* s, the last: no byte came for 0.4 s"),
     ("half", STRICT, 5, "2 attempts in .* s, the last: no byte came for 0.4 s"),
-    ("drip", STRICT._replace(stall=30, total=1), 5, "1 attempt in .* s, not done after 1 s"),
+    ("drip", STRICT._replace(stall=30, total=1), 5, "1 attempt in .* s, not done in time"),
 ])  # fmt: skip
 def test_a_stalled_source_is_reported_within_its_limit(server, fault, limits, most, last):
     server.faults = {f"shard-{i:05d}.tar": [fault] * 9 for i in range(9)}
@@ -214,6 +215,37 @@ def test_lanes_go_on_without_a_stalled_shard(made, server, tmp_path, fault, cach
         gone = {"silent": 0, "half": len(data) // 2}[fault] if path.name == "shard-00001.tar" else len(data)
         (cut / path.name).write_bytes(data[:gone])
     assert all(same(a, b) for a, b in zip(take(60, cut, on_error="skip", rows=8), streamed, strict=True))
+
+
+@pytest.mark.parametrize(("fault", "lanes", "says"), [
+    ("silent", 1, r"no shard came in \d s, the last shard-\d+.tar \(1 attempt in .* s, .*\); see to the source"),
+    ("500", LANES, "cannot read any document of an epoch; see to it"),
+], ids=["silent", "refuses"])  # fmt: skip
+def test_a_source_that_does_not_answer_at_all_is_not_skipped_but_ends_the_run_in_the_time_of_one_shard(
+    server, fault, lanes, says
+):
+    server.faults = {f"shard-{i:05d}.tar": [fault] * 99 for i in range(99)}
+    limits = Limits(retries=1, stall=0.2, total=0.8, pause=0.01)
+    with pytest.raises(ValueError, match=says) as caught:
+        take(1, server.url, limits, on_error="skip", rows=1, lanes=lanes)
+    assert events._passing(caught.value)
+    if fault == "silent":
+        assert [*server.asked.values()].count(2) <= 1, "only the first is asked for again"
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "tokenizer.json", "shard-00000.tar"])
+@pytest.mark.parametrize(("fault", "passing"), [("503", True), ("404", False)])
+def test_a_source_that_is_away_may_be_found_by_another_start(server, file, fault, passing):
+    server.faults = {file: [fault] * 9}
+
+    def read_all() -> None:
+        found = Corpus(server.url, limits=PATIENT)
+        found.tokenizer()
+        found.read(0, 0)
+
+    with pytest.raises(ValueError, match=rf"{file}: cannot be (read|fetched) ") as caught:
+        read_all()
+    assert events._passing(caught.value) is passing
 
 
 def test_a_loader_that_waits_for_a_stalled_source_closes_at_once(server):
