@@ -52,6 +52,16 @@ class Copies:
             out = self._pull(self._offer(total, written=True), total)
             return out.view(y.shape), self._done()
 
+    def even(self) -> None:
+        """One more meeting, of nothing, after an odd number of them: every pass of a recording takes the buffers in
+        the same order, so it must not begin with the one that the pass before it ended with."""
+        if self.meetings % 2:
+            here = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                self._meet()
+            here.wait_stream(self.stream)
+
     @contextlib.contextmanager
     def _beside(self, x: Tensor) -> Iterator[None]:
         if x.nbytes > self.size:
@@ -77,9 +87,12 @@ class Copies:
         return self._of(self.rank, self.handles[self.meetings % 2], like)
 
     def _offer(self, x: Tensor, written: bool = False) -> symmetric._SymmetricMemory:
-        handle = self.handles[self.meetings % 2]
         if not written:
             self._room(x).copy_(x)
+        return self._meet()
+
+    def _meet(self) -> symmetric._SymmetricMemory:
+        handle = self.handles[self.meetings % 2]
         self.meetings += 1
         handle.barrier()
         return handle
