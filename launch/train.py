@@ -20,6 +20,7 @@ from stepladder.data.fetch import Limits
 from stepladder.data.manifest import Manifest
 from stepladder.launch import agree, config, hardware, rules, timeline, world
 from stepladder.launch.events import Events, refusals
+from stepladder.launch.late import Clock, Late
 from stepladder.launch.log import Log, say
 from stepladder.launch.stop import Stop
 from stepladder.launch.toml import differing
@@ -115,7 +116,7 @@ class Trainer:
                        every=run.train.log_every)
         self.flops = 3 * flops(run.model, run.data.seq)
         self.peak = hardware.peak(self.device) * self.world.size
-        self.clock = _Clock()
+        self.clock = Clock()
         self.header: dict[str, Any] = {"mesh": repr(self.mesh)}      # of the first record
         self._introduce(start)
 
@@ -178,7 +179,7 @@ class Trainer:
         """Train to the end, or `now` more steps; `marks` are called after each."""
         end = self.run.train.steps if now is None else min(self.run.train.steps, self.at + now)
         c, t = self.run.checkpoint, self.run.train
-        waiting: _Late | None = None
+        waiting: Late | None = None
         self.clock.start(self.loader.waited)
         compared, save = 0, False
         while self.at < end and self.stop.may_begin(self.at + 1):
@@ -194,7 +195,7 @@ class Trainer:
             report = train_step(self.parts, self.optimizer, batches, lr)
             for mark in marks:
                 mark()
-            late = _Late(self.at, self.tokens, lr, report, self.loader.waited)
+            late = Late(self.at, self.tokens, lr, report, self.loader.waited)
             # A step is read when the next has been queued, so that the device never waits for the log.
             if waiting is not None:
                 self._record(waiting)
@@ -212,7 +213,7 @@ class Trainer:
         with watch.rest():
             self.store.finish()
 
-    def _settle(self, late: _Late | None, save: bool, evaluate: bool = False) -> None:
+    def _settle(self, late: Late | None, save: bool, evaluate: bool = False) -> None:
         """Between two steps. late: what is not logged yet of the one before."""
         if late is not None:
             late.read()                                      # before the watch rests: no step is under way now
@@ -246,7 +247,7 @@ class Trainer:
         nll, count = sums.tolist()
         return nll / max(1.0, count)
 
-    def _record(self, late: _Late, evaluate: bool = False) -> None:
+    def _record(self, late: Late, evaluate: bool = False) -> None:
         """Log a step."""
         assert self.log is not None
         r, arrived = late.read()
@@ -273,7 +274,6 @@ class Trainer:
                                 f"{late.step}; the data then stood at {self.cursor}; resume from the last checkpoint "
                                 f"with a lower optimizer.lr, or raise train.max_skipped")
 
-
     def _left_out(self, step: int) -> int:
         """Shards of which blocks were left out, on all ranks; told by whichever reads them."""
         if self.mesh.tp_rank == self.mesh.pp_rank == 0:
@@ -285,40 +285,6 @@ class Trainer:
         if self.meeting is None or self.run.data.on_error == "stop":
             return self.loader.skipped
         return self.meeting.add("skipped", 0) if self.world.main else 0
-
-
-class _Late:
-    """A step's report on its way to the host."""
-
-    def __init__(self, step: int, tokens: int, lr: float, report: Report, waited: float):
-        self.step, self.tokens, self.lr, self.waited = step, tokens, lr, waited
-        gpu = report.loss.is_cuda                        # pinned: a copy to other memory waits for the device
-        self.report = Report(*(torch.empty_like(x, device="cpu", pin_memory=gpu).copy_(x, non_blocking=True)
-                               for x in report))
-        self.done = time.perf_counter()                  # on a CPU the step is over when it has been called
-        self.arrived = torch.cuda.Event() if gpu else None
-        if self.arrived is not None:
-            self.arrived.record()
-
-    def read(self) -> tuple[Report, float]:
-        """The report, and when the step was over."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-            self.arrived, self.done = None, time.perf_counter()
-        return self.report, self.done
-
-
-class _Clock:
-    """Splits wall time and the loader's waiting time into steps."""
-
-    def start(self, waited: float) -> None:
-        self.last, self.waited = time.perf_counter(), waited
-
-    def lap(self, now: float, waited: float) -> tuple[float, float]:
-        """Seconds since the step before, and of them waited for data."""
-        took, wait = max(now - self.last, 1e-9), waited - self.waited
-        self.last, self.waited = now, waited
-        return took, wait
 
 
 def _numerics(plan: config.Derived, dtype: str) -> None:
