@@ -11,12 +11,13 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from corpora import corpus, texts
 from refusals import FOLDER, FULL, before_work, here, prepared, refused, train  # noqa: F401
 
-from stepladder.launch import events, status
+from stepladder.launch import cli, events, status
 from stepladder.parallel.checkpoint import valid
 from stepladder.parallel.lock import Lock
 
@@ -136,6 +137,20 @@ def test_a_resume_on_a_full_disk_names_the_file_it_could_not_write(trained, refu
     assert refused("train", "run.toml", "train.steps=4")[0] == f"{FOLDER}/metrics.tmp: No space left on device"
     assert (FOLDER / "metrics.jsonl").read_bytes() == before
     assert not (FOLDER / "metrics.tmp").exists()
+
+
+def test_a_program_that_is_killed_while_it_writes_the_configuration_leaves_the_one_before(trained, monkeypatch):
+    write, before = Path.write_text, (FOLDER / "config.toml").read_bytes()
+
+    def half(self: Path, text: str, *args: Any, **kw: Any) -> int:
+        if not self.name.startswith("config"):
+            return write(self, text, *args, **kw)
+        write(self, text[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    assert cli.main(["train", "run.toml", "train.steps=4"]) == 130
+    assert (FOLDER / "config.toml").read_bytes() == before
 
 
 def test_what_a_resume_changes_of_a_run_is_said_and_kept(trained, train):
