@@ -11,6 +11,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -44,12 +45,15 @@ from stepladder.parallel.checkpoint_folder import (
 __all__ = ["CheckpointError", "Store", "fill", "meta", "names", "refuse_mismatch", "valid"]
 
 
+SLOWEST = timedelta(hours=2)   # that one rank may write, or read for checksums, longer than another
+
+
 class Ranks:
     """Object collectives of the store, by group rank; one process alone needs no process group."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         if group is None and dist.is_initialized() and dist.get_world_size() > 1:
-            group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=SLOWEST))
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
@@ -263,7 +267,8 @@ class Store:
             if problem is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
         except Exception as error:  # a rank is gone; training will notice too, and says more
-            problem = f"lost another rank: {error}"
+            late = "imed out" in str(error)
+            problem = f"{f'waited {SLOWEST} for' if late else 'lost'} another rank: {error}"
         if problem is None:
             self.saved = step
             return

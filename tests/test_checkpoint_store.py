@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -544,6 +545,23 @@ def save_on_a_disk_full_for_one(rank, n, run):
 def test_one_ranks_full_disk_is_everyones_failed_save(tmp_path):
     ranks.run(2, save_on_a_disk_full_for_one, str(tmp_path))
     assert step_folders(tmp_path) == ["step-00000001"]
+
+
+def test_who_writes_for_longer_than_torchs_half_hour_is_not_called_lost(tmp_path, monkeypatch):
+    store, limits = Store(tmp_path), []
+
+    def waits(entry):
+        raise RuntimeError("Timed out waiting 7200000ms for recv operation to complete")
+    monkeypatch.setattr(checkpoint, "write_file", lambda *_: setattr(store.ranks, "gather", waits))
+    save(store, 1)
+    assert "not saved" in store.failures[0]
+    assert "(waited 2:00:00 for another rank: Timed out" in store.failures[0]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: limits.append(timeout) or "its own")
+    assert checkpoint.Ranks(None).group == "its own"
+    assert limits == [checkpoint.SLOWEST]
 
 
 def save_in_a_folder_of_its_own(rank, n, run):
