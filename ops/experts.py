@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepladder.ops.attach import attach
+from stepladder.ops.kernels import say
 from stepladder.ops.linear import linear, promote
 
 
@@ -156,6 +157,13 @@ def grouped(x: Tensor, ends: Tensor, up: Tensor, gate: Tensor, down: Tensor,
 
 
 def can_group(x: Tensor, hidden: int) -> bool:
-    """grouped_mm takes rows of a multiple of 16 bytes: bf16 on a GPU, any half or single precision on a CPU."""
-    fits = x.dtype == torch.bfloat16 if x.is_cuda else x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return fits and all(n * x.element_size() % 16 == 0 for n in (x.shape[-1], hidden))
+    """grouped_mm takes rows of a multiple of 16 bytes: bf16 on a GPU, any half or single precision on a CPU. The loop
+    is the reference; on a GPU, where it waits for the device, one line says why it runs."""
+    why = None
+    if x.dtype not in ((torch.bfloat16,) if x.is_cuda else (torch.float32, torch.bfloat16, torch.float16)):
+        why = f"{x.dtype}"
+    elif odd := [n for n in (x.shape[-1], hidden) if n * x.element_size() % 16]:
+        why = f"rows of {odd[0]} numbers, not a multiple of 16 bytes"
+    if why and x.is_cuda:
+        say(f"experts: no grouped products for {why}; running the loop")
+    return why is None

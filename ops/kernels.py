@@ -24,7 +24,7 @@ def runs(family: str, x: Tensor, dtype: torch.dtype, *reasons: str | None) -> bo
               None if dtype.itemsize < 8 else f"{dtype}")
     why = next(filter(None, (*common, *reasons)), None)
     if why and not torch.compiler.is_compiling():
-        _say(f"{family}: no kernel for {why}; running the torch form")
+        say(f"{family}: no kernel for {why}; running the torch form")
     return why is None
 
 
@@ -35,5 +35,5 @@ def unsound(dtype: torch.dtype) -> str | None:
 
 
 @cache                          # once a process
-def _say(line: str) -> None:
+def say(line: str) -> None:
     logging.getLogger(__name__).warning(line)

@@ -22,9 +22,9 @@ def tokens(n: int = 6, cuda: bool = True) -> Any:
 @pytest.fixture(autouse=True)
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "SEEN", frozenset({"gla"}))
-    kernels._say.cache_clear()
+    kernels.say.cache_clear()
     yield
-    kernels._say.cache_clear()
+    kernels.say.cache_clear()
 
 
 def test_a_family_runs_once_it_has_been_seen_to_and_on_cuda_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepladder.model.residual import Stats
 from stepladder.model.token.attention import angles, rotate
-from stepladder.ops import attention, experts, gla
+from stepladder.ops import attention, experts, gla, kernels
 from stepladder.ops.attach import attach
 from stepladder.ops.compiled import allow_variants
 from stepladder.ops.loss import IGNORE, cross_entropy
@@ -249,6 +250,18 @@ def test_grouped_experts_equal_the_loop(counts: list[int], D: int, hidden: int) 
 def test_shapes_and_precisions_that_cannot_be_grouped_are_left_to_the_loop() -> None:
     for D, hidden, dtype in ((7, 8, torch.float32), (8, 7, torch.float32), (12, 16, torch.bfloat16), (16, 16, DOUBLE)):
         assert not experts.can_group(randn(3, D, dtype=dtype), hidden)
+
+
+def test_a_gpu_that_runs_the_loop_of_experts_says_why_once(caplog: pytest.LogCaptureFixture) -> None:
+    kernels.say.cache_clear()
+    for dtype, D, hidden in ((torch.bfloat16, 16, 8), *[(torch.float32, 16, 8)] * 2, (torch.bfloat16, 16, 12)):
+        size = dtype.itemsize
+        x: Any = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(3, D), element_size=lambda size=size: size)
+        experts.can_group(x, hidden)
+    kernels.say.cache_clear()
+    assert [r.message for r in caplog.records] == [
+        f"experts: no grouped products for {why}; running the loop"
+        for why in ("torch.float32", "rows of 12 numbers, not a multiple of 16 bytes")]
 
 
 def test_rows_are_carried_to_their_experts_and_back_with_their_gradients() -> None:
