@@ -45,7 +45,7 @@ class Ranks:
     def gather(self, x: Tensor) -> Started:
         """x (B, t, D) of every rank -> (B, n t, D)."""
         if self.copies is not None:
-            return Started(*self.copies[self.lanes.beside()].gather(x), _join)
+            return Started(*self._copied("all-gather").gather(x), _join)
         x, out = x.contiguous(), x.new_empty(self.n, *x.shape)
         work = all_gather_single(out.flatten(0, 1), x, group=self.group(), async_op=True)
         return Started(out, self._track(work, "all-gather"), _join, x)
@@ -54,7 +54,7 @@ class Ranks:
         """y (B, T, D) shares -> this rank's tokens (B, T/n, D) of their sum."""
         parts = y.unflatten(1, (self.n, -1)).transpose(0, 1)
         if self.copies is not None:
-            return Started(*self.copies[self.lanes.beside()].scatter(parts))
+            return Started(*self._copied("reduce-scatter").scatter(parts))
         parts = parts.contiguous()
         out = torch.empty_like(parts[0])
         work = reduce_scatter_single(out, parts.flatten(0, 1), group=self.group(), async_op=True)
@@ -63,7 +63,7 @@ class Ranks:
     def add_up(self, y: Tensor) -> Started:
         """y shares -> their sum."""
         if self.copies is not None and y.numel() % self.n == 0:
-            return Started(*self.copies[self.lanes.beside()].add_up(y.contiguous()))
+            return Started(*self._copied("all-reduce").add_up(y.contiguous()))
         y = y.clone(memory_format=torch.contiguous_format)       # gradients may be shared: never write them in place
         return Started(y, self._track(dist.all_reduce(y, group=self.group(), async_op=True), "all-reduce"))
 
@@ -95,10 +95,19 @@ class Ranks:
         work.wait()
         return v
 
+    def _copied(self, kind: str) -> Copies:
+        """What carries the next one. It has no handle: the watchdog is told its name."""
+        assert self.copies is not None
+        if not self._recorded():
+            watch.note(kind, self.lanes.where)
+        return self.copies[self.lanes.beside()]
+
     def _track(self, work: dist.Work | None, kind: str) -> dist.Work | None:
-        if work is None or (self.lanes.side is not None and torch.cuda.is_current_stream_capturing()):
-            return work                    # what is being recorded does not run
-        return watch.track(work, kind, self.lanes.where)
+        return work if work is None or self._recorded() else watch.track(work, kind, self.lanes.where)
+
+    def _recorded(self) -> bool:
+        """What is being recorded does not run."""
+        return self.lanes.side is not None and torch.cuda.is_current_stream_capturing()
 
 
 def copy(x: Tensor) -> Started:

@@ -152,6 +152,18 @@ def test_the_watchdog_is_told_kind_and_sublayer_of_every_collective() -> None:
     assert [log.count(("all-to-all", name)) for name in sublayers] == [0, 4, 0, 4]     # there and back, twice
 
 
+def test_the_watchdog_is_told_of_what_copy_engines_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[str, str]] = []
+    monkeypatch.setattr(tensor, "watch", SimpleNamespace(note=lambda kind, where: log.append((kind, where))))
+    carried = lambda x: (x, None)
+    engines = SimpleNamespace(gather=carried, scatter=carried, add_up=carried)
+    some, x = object.__new__(tensor.Ranks), torch.ones(2, 4, 3)
+    some.lanes, some.n, some.copies = Lanes(CPU), 2, [engines, engines]  # pyright: ignore[reportAttributeAccessIssue]
+    some.lanes.where = "blocks.1.token"
+    some.gather(x), some.scatter(x), some.add_up(x)
+    assert log == [(kind, "blocks.1.token") for kind in ("all-gather", "reduce-scatter", "all-reduce")]
+
+
 def there_and_back(x: torch.Tensor) -> torch.Tensor:
     lanes = Lanes(CPU)
     go, back = (lambda t: Started(t * 3, finish=lambda y: y.flatten())), lambda g: Started(g.view(2, 3) * 5)
