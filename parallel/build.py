@@ -109,8 +109,8 @@ def connect(decoder: Decoder, mesh: Mesh) -> None:
     if mesh.tp * mesh.ep == 1:
         return
     lanes = Lanes(mesh.device)
-    ranks = lambda axis: Ranks(lanes, mesh.group(axis), mesh.beside(axis), mesh.layout.copies)
-    tp = ranks("tp") if mesh.tp > 1 else None
+    ranks = lambda axis, copies=False: Ranks(lanes, mesh.group(axis), mesh.beside(axis), copies)
+    tp = ranks("tp", mesh.layout.copies) if mesh.tp > 1 else None
     stream = lambda name: TensorComm(lanes, tp, mesh.layout.sequence, name)
     exchange = AllToAll(ranks("ep")) if mesh.ep > 1 else Carry(lanes)
     for layer, block in zip(decoder.blocks, blocks(decoder), strict=True):
