@@ -79,6 +79,10 @@ def write(
             for value in values:
                 file.write(value.flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         temporary.rename(target)
+    except OSError as error:
+        if error.filename is None:  # of a write
+            raise CheckpointError(f"{target}: {error.strerror}; make room, or choose another place") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return end

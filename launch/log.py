@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -44,11 +45,15 @@ class Log:
         run.mkdir(parents=True, exist_ok=True)
         _rewind(run / "metrics.jsonl", step)
         self.file = open(run / "metrics.jsonl", "a", buffering=1, encoding="utf-8")    # noqa: SIM115 closed by close()
+        self.hook, threading.excepthook = threading.excepthook, self._uncaught
         if SummaryWriter is None:
             self.note(f"no TensorBoard logs: package tensorboard does not load ({MISSING}); pip install tensorboard "
                       f"brings it, and metrics.jsonl and stepladder plot work without it")
         else:
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            try:
+                self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            except OSError as error:
+                self.note(f"no TensorBoard logs: {error}; the run goes on without, and so does metrics.jsonl")
 
     def step(self, record: dict[str, Any]) -> None:
         """Record one step: step, tokens and skipped (so far), loss, eval_loss, lr, grad_norm, tokens_per_s, mfu,
@@ -66,6 +71,11 @@ class Log:
         if self.main:
             say(text)
 
+    def _uncaught(self, told: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread keeps the error that ends it for the next call, which tells it: no traceback."""
+        if not (isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard.")):
+            self.hook(told)
+
     def close(self) -> None:
         """Flush everything; the log is done."""
         if not self.main:
@@ -78,6 +88,7 @@ class Log:
                 self.board.close()
         except OSError as error:
             self.note(f"the last records are lost: {error}")
+        threading.excepthook = self.hook
 
     def _write(self, record: dict[str, Any]) -> None:
         """A full disk costs records, never the run."""

@@ -360,9 +360,9 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
     kept = trainer.store.saved == trainer.at
     trainer.events.end(trainer.at, kept, trainer.stopped if trainer.at < trainer.run.train.steps else "")
     if main:
+        left = "" if kept else ": the last step is not saved; make room if a disk is full, then run the same again"
         print(f"step {trainer.at} of {trainer.run.train.steps}, {trainer.tokens:,} tokens, "
-              f"{time.perf_counter() - began:.0f} s; {folder}"
-              f"{'' if kept else ': the last step is not saved, run the same command again'}", flush=True)
+              f"{time.perf_counter() - began:.0f} s; {folder}{left}", flush=True)
     return kept
 
 

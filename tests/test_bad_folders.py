@@ -202,7 +202,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(trained, train):
     for step in (4, 5):
         assert f"step {step} was not saved in {FOLDER / 'checkpoints'} (rank 0: [Errno 27] File too large); " in out
     assert "the checkpoints before it are untouched" in out
-    assert "the last step is not saved, run the same command again" in out
+    assert "the last step is not saved; make room if a disk is full, then run the same again" in out
     losses = [r["loss"] for r in records()]
     assert [r["step"] for r in records()] == [1, 2, 3, 4, 5]
     assert saved() == trained == ["step-00000002"]

@@ -1,6 +1,7 @@
 """What a run can rely on when it saves, dies and comes back."""
 
 import argparse
+import contextlib
 import errno
 import os
 import pickle
@@ -9,6 +10,7 @@ import resource
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,17 @@ def save(store: Store, step: int, state: dict[str, torch.Tensor] | None = None) 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """A longer file is an OSError, as on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def step_folders(run: Path) -> list[str]:
@@ -180,12 +193,8 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(tmp_path):
     told: list[str] = []
     store = Store(tmp_path, on_failure=told.append)
     save(store, 1)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # a longer file is an OSError, like a full disk
-    try:
+    with no_room():
         save(store, 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert told == store.failures
     assert len(told) == 1
     assert told[0].startswith(f"step 2 was not saved in {store.folder} (rank 0: [Errno 27]")
@@ -419,6 +428,14 @@ def test_safetensors_hold_the_model_the_config_and_the_step(tmp_path, capsys):
         export.run(argparse.Namespace(run=str(tmp_path), out=str(out)))
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         export.run(argparse.Namespace(run=str(tmp_path / "out"), out=str(tmp_path / "other")))
+
+
+def test_an_export_that_does_not_fit_names_its_file_and_leaves_nothing(tmp_path):
+    save(Store(tmp_path), 7)
+    out = tmp_path / "out" / "model.safetensors"
+    with no_room(), pytest.raises(CheckpointError, match=f"^{out}: File too large; make room, or choose another"):
+        export.run(argparse.Namespace(run=str(tmp_path), out=str(out)))
+    assert not list(out.parent.iterdir())
 
 
 @pytest.mark.gpu

@@ -4,12 +4,14 @@ from __future__ import annotations
 import errno
 import json
 import math
+import threading
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import record_writer
 
 from stepladder.launch import log, plot
 from stepladder.launch.log import Log
@@ -173,6 +175,31 @@ def test_a_full_disk_costs_records_and_not_the_run(tmp_path, capsys):
     out.step(record(4))
     out.close()
     assert [r["step"] for r in lines(tmp_path)] == [1, 4]
+
+
+@pytest.mark.parametrize("says", ["no TensorBoard logs: ", "metrics cannot be written, the run goes on: "])
+def test_a_full_disk_of_tensorboard_is_a_sentence_and_no_traceback_of_its_thread(tmp_path, capsys, monkeypatch, says):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    uncaught = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+    early = says.startswith("no")
+    if early:
+        monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    out, step = logged(tmp_path, range(0)), 0
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    while not (out.full or (early and step)):              # its thread has yet to meet the error
+        step += 1
+        out.step(record(step))
+    bug = threading.Thread(target=lambda: 1 // 0)
+    bug.start()
+    bug.join()
+    out.close()
+    assert [told.exc_type for told in uncaught] == [ZeroDivisionError]
+    assert threading.excepthook == uncaught.append
+    assert f"{says}[Errno {errno.ENOSPC}] full" in capsys.readouterr().out
+    assert len(lines(tmp_path)) == step
 
 
 def test_the_plot_shows_runs_and_marks_resumes(tmp_path, monkeypatch):
