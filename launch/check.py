@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from stepladder.launch import world
 
+GIB = 10.0                                 # free in each folder, if nobody says how many
 FREE = 0.95                                # of a GPU's memory
 MARGIN = timedelta(seconds=30)             # for rank 0 to say whom it missed
 GOODBYE = timedelta(seconds=5)             # for the others to hear that it is over
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     if w.size % len(nodes):
         raise ValueError(f"the number of processes = {w.size} is not divisible by that of --nodes = {len(nodes)}; give "
                          "the names of all machines, and start as many processes on each")
+    if args.gib is not None and not args.disk:
+        raise ValueError(f"--gib {args.gib:g} is about the folders of --disk, and none is given; add --disk DIR")
     if args.bad and not Path(args.bad).parent.is_dir():
         raise ValueError(f"--bad {args.bad}: there is no folder {Path(args.bad).parent}; make it, or give another file")
     each = w.size // len(nodes)
@@ -72,7 +75,7 @@ def faults(args: argparse.Namespace, limit: timedelta) -> Iterator[str]:
             yield f"torch finds {found} GPUs instead of {args.gpus}"
         yield from gpus(limit)
     for folder in map(Path, args.disk):
-        yield from disk(folder, args.gib)
+        yield from disk(folder, GIB if args.gib is None else args.gib)
     if args.also:
         yield from _said(["bash", "-c", args.also], args.also, limit)[1]
 

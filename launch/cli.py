@@ -197,7 +197,7 @@ def _check(p: argparse.ArgumentParser) -> None:
                    help="this machine is to have (default: 0, on CPUs)")
     p.add_argument("--disk", metavar="DIR", action="append", default=[],
                    help="that is there, and can be written to; may be given again")
-    p.add_argument("--gib", metavar="X", type=_from0, default=10.0, help="free in each DIR (default: 10)")
+    p.add_argument("--gib", metavar="X", type=_from0, help="free in each DIR (default: 10)")
     p.add_argument("--also", metavar="CMD", help="of your site, to end with 0: 'dcgmi diag -r 1'")
     p.add_argument("--nodes", metavar="NAME", nargs="+", help="the machines, in the order of their processes")
     p.add_argument("--minutes", metavar="N", type=_above0, default=3.0, help="who says nothing for so long is unfit")
@@ -249,7 +249,7 @@ def _generate(p: argparse.ArgumentParser) -> None:
 
 
 def _export(p: argparse.ArgumentParser) -> None:
-    p.add_argument("run", metavar="RUN", help="run folder; its newest sound checkpoint is taken")
+    p.add_argument("run", metavar="RUN", help="run folder, whose newest sound checkpoint is taken, or a checkpoint")
     p.add_argument("out", metavar="OUT.safetensors", help="file to write")
 
 

@@ -1,4 +1,4 @@
-"""stepladder export: the model of a run's newest sound checkpoint as one safetensors file."""
+"""stepladder export: the model of a checkpoint, or of a run's newest sound one, as one safetensors file."""
 
 import argparse
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepladder.parallel.checkpoint import CheckpointError, Store, fill, meta, names
+from stepladder.launch.generate import find
+from stepladder.parallel.checkpoint import CheckpointError, fill, meta, names
 from stepladder.parallel.checkpoint_folder import read_index
 
 MODEL = "model/"
@@ -35,9 +36,7 @@ def run(args: argparse.Namespace) -> None:
     source, target = Path(args.run), Path(args.out)
     if target.exists():
         raise CheckpointError(f"{target} exists already; remove it or choose another name")
-    path = Store(source, note=print).newest()
-    if path is None:
-        raise CheckpointError(f"{source} holds no checkpoint (looked for {source / 'checkpoints' / 'step-*'})")
+    path = find(source)
     index, about = read_index(path), meta(path)
     tensors = {name: found for name, found in names(path).items() if name.startswith(MODEL)}
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])))  # so that all are aligned

@@ -57,6 +57,7 @@ def test_a_gpu_that_nvidia_smi_complains_of_is_named(gpus, capsys, ails: str, sa
     (["--gpus", "8"], "torch finds 2 GPUs instead of 8; nvidia-smi ended with 9: "),
     (["--disk", "/dev/null/x"], "--disk /dev/null/x is not there; make it, or name a folder"),
     (["--disk", __file__], f"--disk {__file__} is a file; name a folder"),
+    (["--disk", "/sys/fs"], "/sys/fs has 0 GiB free, 10 are wanted"),
     (["--disk", "/proc"], "/proc cannot be written to ("),
     (["--disk", "/tmp", "--gib", "1e9"], " GiB free, 1e+09 are wanted"),
     (["--also", "echo first; echo fan 3 stands still >&2; exit 4"], "exit 4 ended with 4: fan 3 stands still"),
@@ -81,6 +82,7 @@ def test_a_mistyped_folder_is_named_and_not_made(capsys, tmp_path: Path):
 @pytest.mark.parametrize(("args", "says"), [
     (["--bad", "no/such/file"], "--bad no/such/file: there is no folder no/such; make it, or give another file"),
     (["--nodes", "n1", "n2"], "the number of processes = 1 is not divisible by that of --nodes = 2; give the names "),
+    (["--gib", "9"], "--gib 9 is about the folders of --disk, and none is given; add --disk DIR"),
     (["--gpus=-1"], "argument --gpus: -1 must be an integer, 0 or more"),
 ])
 def test_what_cannot_be_checked_is_refused_before_work(monkeypatch, capsys, args: list[str], says: str):

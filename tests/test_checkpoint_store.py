@@ -424,6 +424,12 @@ def test_safetensors_hold_the_model_the_config_and_the_step(tmp_path, capsys):
         for name in file.keys():  # noqa: SIM118
             assert torch.equal(file.get_tensor(name), tensors(7)[f"model/{name}"])
         assert file.metadata() == {"format": "pt", "config": META["config"], "step": "7"}
+    save(Store(tmp_path), 8)
+    for folder, step in (tmp_path, "8"), (tmp_path / "checkpoints" / "step-00000007", "7"):
+        out = tmp_path / "out" / f"{step}.safetensors"
+        export.run(argparse.Namespace(run=str(folder), out=str(out)))
+        with safe_open(out, "pt") as file:
+            assert file.metadata()["step"] == step
     with pytest.raises(CheckpointError, match="exists already"):
         export.run(argparse.Namespace(run=str(tmp_path), out=str(out)))
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
