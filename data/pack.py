@@ -39,10 +39,11 @@ class Feed:
         self._first = np.cumsum([0, *counts])  # number in the corpus of each shard's first document
         self._blocks = self._owned()
         if len(self._blocks) < lanes:
-            way = "use fewer lanes" + (", raise heldout" if split == "heldout" else "")
+            ways = [f"{'raise' if split == 'heldout' else 'lower'} heldout = {heldout:g}"] * bool(heldout)
+            ways += ["use fewer lanes"] * (len(self._blocks) > 0)
             raise ValueError(
                 f"source {name!r} has {len(self._blocks)} blocks with {split} documents, fewer than lanes = {lanes}: "
-                f"{way} or prepare it with smaller --block-bytes"
+                f"{', '.join([*ways, 'prepare more, or with smaller --block-bytes'])}"
             )
 
     def order(self, lane: int, epoch: int) -> np.ndarray:

@@ -341,7 +341,7 @@ def test_bad_settings_get_a_sentence(made, second, tmp_path):
     cursor = take(1, made)[0].cursor
     for options, message in (
         ({"lanes": 6, "dp_size": 4}, "lanes = 6 is not divisible by 4"),
-        ({"lanes": 4000}, r"source 's0' has \d+ blocks with train documents, fewer than lanes = 4000"),
+        ({"lanes": 4000}, r"source 's0' has \d+ blocks with train documents, fewer than lanes = 4000: use fewer"),
         ({"sources": [Source("a", str(made), -1)]}, "source 'a': weight -1"),
         ({"sources": [Source("a", str(made), float("nan"))]}, "source 'a': weight nan"),
         ({"sources": [Source("a", str(made), float("inf"))]}, "source 'a': weight inf"),
@@ -354,8 +354,9 @@ def test_bad_settings_get_a_sentence(made, second, tmp_path):
         ({"heldout": 1.0}, "heldout = 1.0"),
         (
             {"split": "heldout", "heldout": 0.001},
-            "blocks with heldout documents, fewer than lanes = 8: .*raise heldout",
+            "blocks with heldout documents, fewer than lanes = 8: raise heldout = 0.001, ",
         ),
+        ({"heldout": 0.999999}, "has 0 blocks with train documents, .*: lower heldout = 0.999999, prepare"),
         ({"on_error": "ignore"}, "on_error = 'ignore'"),
         ({"rows": 0}, "rows = 0"),
         ({"dp_rank": 2, "dp_size": 2}, "dp_rank = 2"),
