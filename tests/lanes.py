@@ -1,18 +1,16 @@
 """Whether what runs on a GPU's streams waits for what it needs, found without a GPU.
 
-The code under test runs on a CPU, one operation after the other, and believes that it has streams. Every operation
-that torch dispatches is an event on the stream that is current, and every stream knows up to which event of each other
-one it has waited. So three faults show, wherever timing would hide them on a real machine:
+The code runs on a CPU, one operation after the other, and believes that it has streams. Every operation that torch
+dispatches is an event on the current stream; every stream knows up to which event of each other one it has waited:
 
 order      an operation reads what another stream, or a collective, may not have written yet
 overwrite  it writes what another may still read
-reuse      it is given memory that its stream's allocator took back, which another stream may still read: nobody told
-           the allocator (record_stream), or it told of a stream that had not waited for that one
+reuse      its stream gets memory back that another may still read: the allocator was not told of that one
+           (record_stream), or of one that had not waited for it
 
-Modelled: streams and events; collectives, which run beside the stream that starts them until wait(), and hold what they
-are given until then; the caching allocator, with a pool for each stream; and autograd, which runs a node on the stream
-of its forward, has it wait for those that made its gradients, and does neither for the tensors that it saved.
-
+Modelled: streams and events; collectives, which run beside the stream that starts them until wait() and hold what they
+are given until then; the allocator, with a pool for each stream; autograd, which runs a node on the stream of its
+forward, has it wait for those that made its gradients, and does neither for the tensors that were saved.
 Not modelled: what the host reads, collectives by copy engines, graphs, FSDP, several devices. Which memory is given
 away is not known: the worst is taken, that a stream's next operation gets it.
 """
@@ -24,6 +22,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -64,19 +63,6 @@ class Lane:
 
 
 @dataclass
-class Work:
-    """A collective under way, and what it holds."""
-    work: dist.Work
-    wire: Lane
-    held: Any
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.wire)  # pyright: ignore[reportArgumentType]
-        self.work.wait()               # gloo's reduce-scatter copies here
-        self.held = None
-
-
-@dataclass
 class Memory:
     owner: Lane                        # of the pool it goes back to
     storage: StorageWeakRef
@@ -92,6 +78,7 @@ class Model(TorchDispatchMode):
         super().__init__()
         self.found: dict[str, None] = {}
         self.memory: dict[int, Memory] = {}
+        self.shared: set[int] = set()                                     # of it, what not its owner alone has read
         self.pools: dict[Lane, list[tuple[Lane, int, str]]] = {}          # given back: who may still read it
         self.lanes: list[Lane | None] = [Lane("front")]                   # None: autograd's own work between nodes
         self.moves: list[tuple[int, Lane]] = [(0, self.current)]          # which node is the first made on a lane
@@ -116,7 +103,7 @@ class Model(TorchDispatchMode):
         self.moves.append((torch._C._autograd._get_sequence_nr(), self.current))  # pyright: ignore
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Model]:
+    def running(self) -> Iterator[None]:
         lower = Lanes._lower
 
         def lowered(lanes: Lanes, x: Tensor) -> None:
@@ -132,7 +119,7 @@ class Model(TorchDispatchMode):
                         (tensor, "reduce_scatter_single")))):
                 stack.enter_context(mock.patch.object(where, name, new))
             stack.enter_context(self)
-            yield self
+            yield
 
     def _told(self, x: Tensor, lane: Lane) -> None:
         if _key(x) in self.memory:
@@ -144,12 +131,12 @@ class Model(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self.lanes[-1] is None:
             return out
-        self._collect()
         given, made, writes = _tensors((args, kwargs)), _tensors(out), func._schema.is_mutable
         known = {_key(x) for x in given}
         new = [x for x in made if _key(x) not in known]
         if made and not new and not writes:
             return out                                                    # a view
+        self._collect()
         event = self.current, self.current.tick(), f"{func} on {self.current.name}{self._where()}"
         for i, x in enumerate(given if func._schema.name.removeprefix("aten::") not in UNREAD else ()):
             self._touch(x, event, writes and i == 0)
@@ -166,8 +153,11 @@ class Model(TorchDispatchMode):
         for i, x in enumerate(_tensors(args)):
             self._touch(x, (wire, 1, wire.name), i == 0)
         wire.tick()
-        started = Work(work, wire, args)
-        return started if async_op else started.wait()
+
+        def wait(held: Any = args) -> None:
+            self.current.wait_event(wire)
+            work.wait()                        # gloo's reduce-scatter copies here
+        return SimpleNamespace(wait=wait) if async_op else wait()
 
     def _touch(self, x: Tensor, event: tuple[Lane, int, str], writes: bool) -> None:
         memory, (lane, now, what) = self.memory.get(_key(x)), event
@@ -182,6 +172,8 @@ class Model(TorchDispatchMode):
                     self.found[f"overwrite: {what} does not wait for {read}"] = None
             memory.written = event
         memory.reads[lane] = now, what
+        if lane is not memory.owner:
+            self.shared.add(_key(x))
 
     def _born(self, x: Tensor, event: tuple[Lane, int, str]) -> None:
         lane, _, what = event
@@ -192,7 +184,8 @@ class Model(TorchDispatchMode):
 
     def _collect(self) -> None:
         """What nobody has any more goes back to its pool, at the latest now."""
-        for key in [k for k, m in self.memory.items() if m.storage.expired()]:
+        for key in [k for k in self.shared if self.memory[k].storage.expired()]:
+            self.shared.remove(key)
             memory = self.memory.pop(key)
             for reader, (time, read) in memory.reads.items():
                 if not any(lane.knows(reader, time) for lane in (memory.owner, *memory.told)):
@@ -227,8 +220,8 @@ class Model(TorchDispatchMode):
         self.lowered.clear()
 
     def _begin(self, node: Any, pending: dict[Any, Lane], gradients: Sequence[Tensor | None]) -> None:
-        lane = self.lowered.get(node) or self.moves[bisect_right(self.moves, node._sequence_nr(), key=lambda m: m[0])
-                                                    - 1][1]
+        made = bisect_right(self.moves, node._sequence_nr(), key=lambda move: move[0])
+        lane = self.lowered.get(node) or self.moves[made - 1][1]
         lane.wait_stream(pending[node])
         self.lanes.append(lane)
         self.node = node.name()
@@ -238,9 +231,8 @@ class Model(TorchDispatchMode):
             self._told(g, lane)
 
     def _end(self, node: Any, pending: dict[Any, Lane], leaves: Lane, *_: Any) -> None:
-        lane = self.lanes.pop()
-        assert lane is not None
-        self.node = ""
+        lane, self.node = self.current, ""
+        self.lanes.pop()
         for m, _ in node.next_functions:
             pending.get(m, leaves).wait_stream(lane)
 

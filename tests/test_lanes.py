@@ -79,7 +79,7 @@ def faults(rank: int, n: int, todo: list[tuple[Case, Change | None]], first: str
 
 def found(rank: int, n: int, case: Case, change: Change | None, first: str) -> list[str]:
     train, recompute = PASSES[case.passes]
-    cfg = tiny.config("attention0", case.channel, case.wiring, layers=3)
+    cfg = tiny.config("attention0", case.channel, case.wiring, layers=2)
     parts = build(cfg, Mesh(LAYOUTS[case.layout], CPU, rank, n), seed=0, dtype=torch.bfloat16, recompute=recompute)
     run = lambda seed: parts.pipe([tiny.micro(2, 16, seed)], train=train)
     if rank:
