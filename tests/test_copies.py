@@ -38,12 +38,18 @@ def compared(rank: int, n: int, rendezvous: str) -> None:
         got, done = copies.add_up(y)
         done.wait()
         got = got + 0
+        gathered, done = copies.gather(y)                 # a third meeting
+        done.wait()
+        gathered = gathered + 0
+        copies.even()
     for _ in range(20):
         y.normal_()
         graph.replay()
-        want = y.clone()
+        want, whole = y.clone(), y.new_empty(n, *y.shape)
+        dist.all_gather(list(whole), y)
         dist.all_reduce(want)
         torch.testing.assert_close(got, want)
+        assert torch.equal(gathered, whole)
     torch.cuda.synchronize()
     dist.barrier()
     os._exit(0)                         # a communicator that a graph still holds cannot be taken down
