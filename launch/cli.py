@@ -179,7 +179,9 @@ def _slurm(p: argparse.ArgumentParser) -> None:
     p.add_argument("--nodes", metavar="N[-M]", type=_range, default=(1, 1),
                    help="or as many as there are from N to M, with the same batch (default: 1)")
     p.add_argument("--time", metavar="LIMIT", default="24:00:00", help="of one job; restarts go on (default: 24:00:00)")
-    p.add_argument("--per-node", metavar="N", type=_count, default=8, help="processes, and GPUs, a node (default: 8)")
+    p.add_argument("--per-node", metavar="N", type=_count, default=8, help="processes a node (default: 8)")
+    p.add_argument("--gpus", metavar="N", type=_natural,
+                   help="a node; 0: do not ask Slurm for any (default: one a process, on CPUs 0)")
     p.add_argument("--start", choices=("torchrun", "srun"), default="torchrun",
                    help="one torchrun a node, or one Slurm task a process (default: torchrun)")
     p.add_argument("--restarts", metavar="N", type=_count, default=20, help="at most so many (default: 20)")

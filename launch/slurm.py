@@ -19,7 +19,7 @@ LEAD = 300                       # seconds before its limit in which a job saves
 YEAR = 366 * 24 * 3600
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """The program: `stepladder slurm`. What can run on no machine is said before the queue, the rest on the nodes."""
     folder = Path(args.run or Path("runs") / Path(args.config).stem).absolute()
     if folder.exists() and not folder.is_dir():
@@ -29,11 +29,15 @@ def run(args: argparse.Namespace) -> int:
     gpus = chosen.train.device != "cpu"
     # Whether there are GPUs is known on the nodes: this may be a login node, which has none.
     there = replace(chosen, train=replace(chosen.train, device="cuda")) if gpus else chosen
+    asked = args.gpus if args.gpus is not None else args.per_node if gpus else 0
+    if 0 < asked < args.per_node and gpus:
+        raise ValueError(f"--gpus {asked} is fewer than --per-node {args.per_node} processes, which want one each; "
+                         "make them equal")
     low, high = args.nodes
     fit = dealt(there, low, high, args.per_node)
     options = {"job-name": Path(args.config).stem, "nodes": f"{low}-{high}" if low < high else f"{low}",
                "time": args.time, "partition": args.partition, "account": args.account,
-               "gpus-per-node": str(args.per_node) if gpus else "", "chdir": str(Path.cwd()),
+               "gpus-per-node": str(asked or ""), "chdir": str(Path.cwd()),
                "signal": f"B:USR1@{min(LEAD, limit // 4)}", "exclude": ",".join(_excluded(folder)) or None}
     settings = {"RUN": str(Path(args.config).absolute()), "FOLDER": str(folder), "ARGS": args.overrides,
                 "PER_NODE": str(args.per_node), "START": args.start, "RESTARTS": str(args.restarts),
@@ -41,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
                 "DISKS": [chosen.parallel.nvme] if chosen.parallel.nvme else [],
                 "BIN": str(Path(sys.executable).parent), "CODE": str(ROOT)}
     text = filled(TEMPLATE.read_text(), options, settings)
-    if not args.submit:
+    if args.submit:
+        _submit(text, folder)
+    else:
         print(text, end="")
-        return 0
-    return _submit(text, folder)
 
 
-def _submit(text: str, folder: Path) -> int:
+def _submit(text: str, folder: Path) -> None:
     script = folder / "slurm" / "train.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(text)
@@ -55,9 +59,10 @@ def _submit(text: str, folder: Path) -> int:
         code = subprocess.run(["sbatch", f"--output={folder}/slurm/%x-%j.out", str(script)]).returncode
     except FileNotFoundError:
         raise ValueError(f"sbatch is not on this machine; submit {script} on a login node of the cluster") from None
-    if code == 0:
-        print(f"its logs go to {script.parent}; once it has begun, stepladder status {folder} says where it stands")
-    return code and 2
+    if code:
+        raise ValueError(f"sbatch refused {script}, see above; where Slurm counts no GPUs (generic resources), add "
+                         "--gpus 0")
+    print(f"its logs go to {script.parent}; once it has begun, stepladder status {folder} says where it stands")
 
 
 def seconds(limit: str) -> int:
