@@ -44,7 +44,9 @@ def said(folder: Path, now: float) -> dict[str, str]:
     saved = sorted(f.name for f in folder.glob("checkpoints/step-????????"))
     out["checkpoint"] = saved[-1] if saved else "none"
     if faults := [e for e in told if e["event"] in ("fault", "unsaved")]:
-        out["last error"] = f"{faults[-1]['error']} ({_ago(now - faults[-1]['time'])})"
+        since = sum(e in starts for e in told[told.index(faults[-1]):])
+        later = f", {since} start{'s' * (since > 1)} since" if since else ""
+        out["last error"] = f"{faults[-1]['error']} ({_ago(now - faults[-1]['time'])}{later})"
     return out
 
 

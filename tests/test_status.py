@@ -39,7 +39,11 @@ def test_status_says_where_a_run_stands(run: Path):
     assert (said["speed"], said["left"]) == ("500 tokens/s", "2.0 minutes")
     assert said["started"] == "3.0 hours ago, on 16 ranks told by Slurm"
     assert (said["restarts"], said["checkpoint"]) == ("1", "step-00000040")
-    assert said["last error"] == "rank 0 lost the others (3.0 hours ago)"
+    assert said["last error"] == "rank 0 lost the others (3.0 hours ago, 1 start since)"
+    event(run, event="resume", time=3800, ranks=16, launcher="Slurm")
+    assert status.said(run, now=3600 * 4)["last error"].endswith("(3.0 hours ago, 2 starts since)")
+    event(run, event="unsaved", time=3900, error="no room")
+    assert status.said(run, now=3960)["last error"] == "no room (60 seconds ago)"
 
 
 @pytest.mark.parametrize(("last", "step", "marker", "state"), [
