@@ -334,7 +334,7 @@ def elastic(config: Path, run: Path) -> int:
     left, lost = (subprocess.Popen([sys.executable, *TORCHRUN.format(host, port, config, run).split()],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for host in ("true", "false"))
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200
         while not any(run.glob("checkpoints/step-????????")):
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -344,7 +344,7 @@ def elastic(config: Path, run: Path) -> int:
         while any(map(lives, workers)):
             assert time.monotonic() < end
             time.sleep(0.05)
-        return left.wait(90)
+        return left.wait(200)
     finally:
         for agent in (left, lost):
             agent.kill()
