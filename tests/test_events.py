@@ -41,7 +41,7 @@ def signalled(rank: int, n: int, config: Path, run: Path, to: int, numbers: list
         time.sleep(0.3)
         for number in numbers:
             os.kill(int((run.parent / f"pid-{to}").read_text()), number)
-        assert of.known.wait(10)
+        assert of.known.wait(30)
 
     def met(self: Stop, *args: Any) -> None:
         meet(self, *args)

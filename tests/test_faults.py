@@ -126,7 +126,7 @@ def stopped(rank: int, n: int, config: Path, run: Path, numbers: list[int]) -> i
     def slow(self: Store, step: int, *args: Any, **kw: Any) -> Any:
         if rank == 0 and step == EVERY:
             (run / "saving").touch()
-            assert stops[0].known.wait(10)
+            assert stops[0].known.wait(30)
         elif rank == 0:
             for number in numbers[1:]:
                 os.kill(os.getpid(), number)

@@ -306,7 +306,9 @@ def test_only_a_watch_that_rests_waits_longer_than_its_limit(monkeypatch: pytest
         with w.rest():
             time.sleep(0.5)
             assert not codes
-        time.sleep(0.5)
+        end = time.monotonic() + 30
+        while not codes and time.monotonic() < end:
+            time.sleep(0.01)
         assert codes[0] == EXIT
     finally:
         w.stop("")
