@@ -164,10 +164,11 @@ class Corpus:
         return self._held[shard]
 
     def _wait(self, told: Shard) -> tuple[BinaryIO, FetchError | None]:
-        """As `_fetch`. All shards in a row that do not come have the time of one, and the next attempt: then Away."""
+        """As `_fetch`. After a shard that did not come the next has what is left of its time, at least half of it, for
+        it may be sound and slow; when that does not come either: Away."""
         assert self.remote is not None
         limits, began, before = self.remote.limits, time.monotonic(), self._vain
-        file, why = self._fetch(self.remote, told, began + max(limits.stall, limits.total - before))
+        file, why = self._fetch(self.remote, told, began + max(limits.stall, limits.total / 2, limits.total - before))
         came = why is None or isinstance(why, Gone)
         self._vain = 0.0 if came else before + time.monotonic() - began
         if before and self._vain >= limits.total:

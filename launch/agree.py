@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from stepladder.data.loader import Batch
 from stepladder.parallel.mesh import Mesh
-from stepladder.parallel.watch import listed
+from stepladder.parallel.watch import EXIT, listed
 
 LAYERS = ("launch", "parallel", "model", "ops", "kernels", "data")
 CODE, TORCH = "the code of stepladder", "the version of torch"
@@ -38,6 +38,7 @@ class Disagreement(ValueError):
 class Missing(Disagreement):
     """Ranks that did not come, or went."""
 
+    exit = EXIT            # of the program: nothing to mend
     passing = True         # started again, they may come
 
 

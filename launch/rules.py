@@ -166,10 +166,10 @@ def _data(run: Run, world: int) -> None:
         raise ConfigError(f"train.eval_every = {run.train.eval_every} has nothing to read, data.heldout = 0; "
                           f"set data.heldout (0.01, say) or train.eval_every = 0")
     fetching, stall, patience = run.data.fetch_minutes, run.data.stall_seconds, run.train.collective_minutes
-    if fetching + stall / 60 >= patience and any(elsewhere(source.shards) for source in sources.values()):
-        raise ConfigError(f"data.fetch_minutes = {fetching:g} and data.stall_seconds = {stall:g} for shards that do "
-                          f"not come, but a step may take train.collective_minutes = {patience:g}; lower the former "
-                          "or raise the latter")
+    if 1.5 * fetching + stall / 60 >= patience and any(elsewhere(source.shards) for source in sources.values()):
+        raise ConfigError(f"data.fetch_minutes = {fetching:g}, half of it again, and data.stall_seconds = "
+                          f"{stall:g} for shards that do not come, but a step may take train.collective_minutes = "
+                          f"{patience:g}; lower the former or raise the latter")
 
 
 def _batch(run: Run, world: int) -> None:

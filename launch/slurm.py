@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> None:
     # Whether there are GPUs is known on the nodes: this may be a login node, which has none.
     there = replace(chosen, train=replace(chosen.train, device="cuda")) if gpus else chosen
     asked = args.gpus if args.gpus is not None else args.per_node if gpus else 0
-    if 0 < asked < args.per_node and gpus:
-        raise ValueError(f"--gpus {asked} is fewer than --per-node {args.per_node} processes, which want one each; "
-                         "make them equal")
+    if gpus and asked not in (0, args.per_node):
+        raise ValueError(f"--gpus {asked} is not --per-node {args.per_node}, and each process has one; make them "
+                         "equal, or ask Slurm for none with --gpus 0")
     low, high = args.nodes
     fit = dealt(there, low, high, args.per_node)
     options = {"job-name": Path(args.config).stem, "nodes": f"{low}-{high}" if low < high else f"{low}",
@@ -60,8 +60,8 @@ def _submit(text: str, folder: Path) -> None:
     except FileNotFoundError:
         raise ValueError(f"sbatch is not on this machine; submit {script} on a login node of the cluster") from None
     if code:
-        raise ValueError(f"sbatch refused {script}, see above; where Slurm counts no GPUs (generic resources), add "
-                         "--gpus 0")
+        asks = "; where Slurm counts no GPUs (generic resources), add --gpus 0" * ("\n#SBATCH --gpus-per-node" in text)
+        raise ValueError(f"sbatch refused {script}, see above{asks}")
     print(f"its logs go to {script.parent}; once it has begun, stepladder status {folder} says where it stands")
 
 

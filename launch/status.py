@@ -61,6 +61,7 @@ def _goal(file: Path) -> tuple[int, int]:
 
 def _state(folder: Path, told: list[dict[str, Any]], steps: int) -> str:
     """By the marker and the last event; a process that was killed had no time for either."""
+    told = [e for e in told if e["event"] != "skip"]       # any rank's, perhaps after the end
     last, marker = told[-1]["event"] if told else "", folder / events.MARKER
     if last == "fault":
         return "failed; another start may mend it" if marker.exists() else "failed"

@@ -110,8 +110,8 @@ class Stop:
                         _leave("the second SIGINT ends the run at once", self.tell, INTERRUPTED)
                     if not heard:
                         self.asked = self.asked or name
-                        self._say(name)
                         self.threads.append(self._thread(self._pass_on, name))
+                        self._say(name)
                     heard.add(name)
 
     def _pass_on(self, name: str) -> None:
@@ -125,8 +125,9 @@ class Stop:
     def _say(self, word: str) -> None:
         """Once, however many signals come."""
         if self.noted.acquire(blocking=False):
-            self.note(f"{word}: stops after {'this' if self.met.is_set() else 'the first'} step, with a checkpoint"
-                      f"{'; again: at once, without' * (self.alone and word == 'SIGINT')}")
+            with contextlib.suppress(OSError):     # the same Ctrl-C may have ended the reader; the stop goes on
+                self.note(f"{word}: stops after {'this' if self.met.is_set() else 'the first'} step, with a checkpoint"
+                          f"{'; again: at once, without' * (self.alone and word == 'SIGINT')}")
 
     def _follow(self, parent: int, what: str) -> None:
         while os.getppid() == parent:

@@ -275,7 +275,7 @@ class Trainer:
                                 f"with a lower optimizer.lr, or raise train.max_skipped")
 
     def _left_out(self, step: int) -> int:
-        """Shards of which blocks were left out, on all ranks; told by whichever reads them."""
+        """Shards of which blocks were left out, told by whichever rank reads them. One that two read counts twice."""
         if self.mesh.tp_rank == self.mesh.pp_rank == 0:
             for why in self.loader.news():
                 (self._tell if self.world.main else print)(f"skipped {why}")

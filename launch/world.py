@@ -100,7 +100,8 @@ class World:
             except OSError as error:
                 if time.monotonic() > end:
                     raise agree.Missing(f"rank {self.rank} did not reach rank 0 at {self.address} within {minutes:g} "
-                                        f"minutes ({error.strerror}); look at what was said there last") from None
+                                        f"minutes ({error.strerror or error}); look at what was said there last"
+                                        ) from None
                 time.sleep(AGAIN)
 
     def export(self, device: torch.device) -> None:

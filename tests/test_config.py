@@ -194,9 +194,9 @@ TP2 = {"parallel.tp": 2}
 
 @pytest.mark.parametrize(("world", "changes", "sentence"), [
     (3, TP2, "the number of processes = 3 is not divisible by parallel.tp x parallel.pp = 2; start"),
-    (1, {"data.sources.plays.shards": "http://host/plays", "data.fetch_minutes": 9.5}, "data.fetch_minutes = "
-     "9.5 and data.stall_seconds = 30 for shards that do not come, but a step may take train.collective_minutes = 10; "
-     "lower the former or raise"),
+    (1, {"data.sources.plays.shards": "http://host/plays", "data.fetch_minutes": 6.5}, "data.fetch_minutes = 6.5, half "
+     "of it again, and data.stall_seconds = 30 for shards that do not come, but a step may take "
+     "train.collective_minutes = 10; lower the former or raise"),
     (2, {"parallel.dp_replicate": 4}, "dp = 2 is not divisible by parallel.dp_replicate = 4; set"),
     (2, {"parallel.ep": 3}, "dp x tp = 2 is not divisible by parallel.ep = 3; set"),
     (2, TP2 | {"model.vocab": 255}, "model.vocab = 255 is not divisible by parallel.tp = 2; round it up to 256"),

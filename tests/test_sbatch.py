@@ -78,7 +78,7 @@ def test_what_the_machine_that_prints_a_job_lacks_is_left_to_its_nodes(printed, 
      "parallel.copies = true copies between GPUs of one machine, but parallel.tp = 2 leaves its machine"),
     (["parallel.pp=2", "train.graph=true"], "train.graph = true records a pass from end to end, but parallel.pp = 2"),
     (["parallel.dp_replicate=16", "--nodes", "3"], "divisor of 24; or take 2 or 4 nodes"),
-    (["--gpus", "4"], "--gpus 4 is fewer than --per-node 8 processes, which want one each; make them equal"),
+    (["--gpus", "4"], "--gpus 4 is not --per-node 8, and each process has one; make them equal, or ask"),
     (["--folder", str(EXAMPLE)], f"{EXAMPLE} is a file; give a folder with --folder"),
 ])
 def test_what_can_run_on_no_machine_is_refused_before_the_queue(printed, args, says):
@@ -164,7 +164,7 @@ def test_a_submitted_job_says_where_its_logs_go_and_a_refused_one_does_not(capsy
 @pytest.mark.parametrize(("args", "line"), [
     ([], "#SBATCH --gpus-per-node=8"), (["--gpus", "0"], "##SBATCH --gpus-per-node=0"),
     (["train.device=cpu", "train.dtype=fp32"], "##SBATCH --gpus-per-node=0"),
-    (["--per-node", "4", "--gpus", "8"], "#SBATCH --gpus-per-node=8")])
+    (["--per-node", "4", "--gpus", "4"], "#SBATCH --gpus-per-node=4")])
 def test_slurm_is_asked_for_a_gpu_a_process_or_for_as_many_as_are_said(printed, args, line):
     assert f"\n{line}" in printed(ON_8, *args)
 

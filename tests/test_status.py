@@ -52,6 +52,7 @@ def test_status_says_where_a_run_stands(run: Path):
     ("fault", 40, "cut off", "failed; another start may mend it"), ("fault", 40, "", "failed")])
 def test_the_state_is_the_last_word_of_the_run(run: Path, last: str, step: int, marker: str, state: str):
     event(run, event=last, time=3800, step=step, error="x")
+    event(run, event="skip", time=3801, step=step, shard="told by another rank, that is later")
     (run / "unfinished").write_text(marker) if marker else (run / "unfinished").unlink()
     assert status.said(run, now=3900)["run"] == f"{run}: {state}"
 

@@ -132,6 +132,17 @@ def test_a_ctrl_c_says_what_comes_of_it_and_of_a_second_which_ends_the_program(e
     assert capfd.readouterr().err == f"stepladder: {told[0]}\n"
 
 
+@pytest.mark.parametrize("to", [0, 2])
+def test_a_stop_goes_on_where_nobody_reads_what_is_said_of_it(ranks: list[Stop], to: int):
+    """As of `train | tee`: the same Ctrl-C ends tee."""
+    def broken(text: str) -> None:
+        raise BrokenPipeError
+
+    ranks[0].note = broken
+    ask(ranks[to], signal.SIGINT)
+    assert all(rank.known.wait(5) for rank in ranks)
+
+
 def test_what_comes_of_a_signal_is_said_once_by_rank_0(ranks: list[Stop]):
     """Which alone is given something to say it with."""
     notes: list[str] = []

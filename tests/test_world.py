@@ -16,6 +16,7 @@ import torch
 
 from stepladder.launch import agree, config, world
 from stepladder.launch.world import World, first_host, told
+from stepladder.parallel.watch import EXIT
 
 RANKS = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
 # As srun, torchrun, DeepSpeed's launcher and mpiexec set them: rank 3 of 4, number 1 on the second machine.
@@ -120,8 +121,16 @@ def test_rank_0_says_who_does_not_come_and_the_others_that_it_does_not(monkeypat
     with pytest.raises(agree.Missing, match=r"^rank 1 did not come within 0\.005 minutes; look at what was said there"):
         World(0, 2, address=free_address()).meet(0.005)
     with pytest.raises(agree.Missing, match=r"^rank 1 did not reach rank 0 at 127\.0\.0\.1:\d+ within 0\.005 minutes "
-                                            r"\(Connection refused\); look at what was said there last$"):
+                                            r"\(Connection refused\); look at what was said there last$") as caught:
         World(1, 2, address=free_address()).meet(0.005)
+    assert caught.value.exit == EXIT
+
+    def silent(*_: object) -> None:
+        raise TimeoutError("timed out")          # as of a firewall: without a number, and a text of its own
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    with pytest.raises(agree.Missing, match=r" \(timed out\); "):
+        World(1, 2, address="far:1").meet(0.005)
 
 
 @pytest.mark.parametrize(("host", "interface"), [
