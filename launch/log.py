@@ -81,7 +81,7 @@ class Log:
         if not self.main:
             return
         if self.open:
-            print(flush=True)    # keep the last progress line
+            put("")    # keep the last progress line
         try:
             self.file.close()
             if self.board:
@@ -110,12 +110,12 @@ class Log:
             return
         text = "  ".join([f"{step:>{len(str(self.total))}}/{self.total}", f"{self._eta():>5} left", *_parts(record)])
         if not self.tty:
-            print(text, flush=True)
+            put(text)
             return
         columns, done = shutil.get_terminal_size().columns, 20 * step // self.total
         bar = f"[{'#' * done}{'.' * (20 - done)}] "
         text = bar + text if len(bar) + len(text) < columns else text[:columns - 1]
-        print(f"\r{text}\x1b[K", end="\n" if kept else "", flush=True)
+        put(f"\r{text}\x1b[K", end="\n" if kept else "")
         self.open = not kept
 
     def _eta(self) -> str:
@@ -130,7 +130,16 @@ class Log:
 
 def say(text: str) -> None:
     """A line of its own, instead of a progress line."""
-    print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)
+    put(f"\r\x1b[K{text}" if sys.stdout.isatty() else text)
+
+
+def put(text: str, end: str = "\n") -> None:
+    """To the console. Where nobody reads on (of `train | tee` the same Ctrl-C ends tee), or a disk is full, the run
+    goes on without."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or Python would fail at its end
 
 
 def _rewind(path: Path, step: int) -> None:

@@ -21,7 +21,7 @@ from stepladder.data.manifest import Manifest
 from stepladder.launch import agree, config, hardware, rules, timeline, world
 from stepladder.launch.events import Events, refusals
 from stepladder.launch.late import Clock, Late
-from stepladder.launch.log import Log, say
+from stepladder.launch.log import Log, put, say
 from stepladder.launch.stop import Stop
 from stepladder.launch.toml import differing
 from stepladder.model.context import borders
@@ -278,7 +278,7 @@ class Trainer:
         """Shards of which blocks were left out, told by whichever rank reads them. One that two read counts twice."""
         if self.mesh.tp_rank == self.mesh.pp_rank == 0:
             for why in self.loader.news():
-                (self._tell if self.world.main else print)(f"skipped {why}")
+                (self._tell if self.world.main else put)(f"skipped {why}")
                 self.events.left_out(step, why)
                 if self.meeting is not None:
                     self.meeting.add("skipped", 1)
@@ -361,8 +361,8 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
     trainer.events.end(trainer.at, kept, trainer.stopped if trainer.at < trainer.run.train.steps else "")
     if main:
         left = "" if kept else ": the last step is not saved; make room if a disk is full, then run the same again"
-        print(f"step {trainer.at} of {trainer.run.train.steps}, {trainer.tokens:,} tokens, "
-              f"{time.perf_counter() - began:.0f} s; {folder}{left}", flush=True)
+        say(f"step {trainer.at} of {trainer.run.train.steps}, {trainer.tokens:,} tokens, "
+            f"{time.perf_counter() - began:.0f} s; {folder}{left}")
     return kept
 
 

@@ -69,7 +69,7 @@ def regroup(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     known, at = torch.stack([ends, came - ends]), torch.arange(int(ends[-1]), device=device)
     ends, away = (known.pin_memory() if device.type == "cuda" else known).to(device, non_blocking=True)
     order = at + away.index_select(0, torch.searchsorted(ends, at, right=True))
-    return order, torch.empty_like(order).scatter_(0, order, at), ends[counts.shape[0] - 1::counts.shape[0]]
+    return order, invert(order), ends[counts.shape[0] - 1::counts.shape[0]]
 
 
 class Scores(NamedTuple):

@@ -53,7 +53,8 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         if group is None and dist.is_initialized() and dist.get_world_size() > 1:
-            group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=SLOWEST))
+            group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            dist.distributed_c10d._set_pg_timeout(SLOWEST, group)      # once all have met
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
@@ -267,7 +268,7 @@ class Store:
             if problem is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
         except Exception as error:  # a rank is gone; training will notice too, and says more
-            late = "imed out" in str(error)
+            late = "Timed out waiting" in str(error)      # gloo's words, not those of a broken connection
             problem = f"{f'waited {SLOWEST} for' if late else 'lost'} another rank: {error}"
         if problem is None:
             self.saved = step

@@ -54,7 +54,8 @@ class Copies:
 
     def even(self) -> None:
         """One more meeting, of nothing, after an odd number of them: every pass of a recording takes the buffers in
-        the same order, so it must not begin with the one that the pass before it ended with."""
+        the same order, so it must not begin with the one that the pass before it ended with. For passes that all began
+        after an even number."""
         if self.meetings % 2:
             here = torch.cuda.current_stream(self.device)
             self.stream.wait_stream(here)

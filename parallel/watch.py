@@ -172,7 +172,8 @@ class Watch:
                 limit = self.pause if self.alarmed else self.limit - LISTEN * self.pause
                 if waited > limit and not self.leaving:
                     cause, again = self._others(), self._oldest()
-                    if state == (self.now, self.started, again and again[0]):   # it has not gone on in the meantime
+                    # It has neither gone on in the meantime nor begun to rest.
+                    if state == (self.now, self.started, again and again[0]) and not self.rests:
                         self._end(cause, time.monotonic() - time_ + waited)
             except RuntimeError as error:
                 if waited > self.limit:

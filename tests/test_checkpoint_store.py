@@ -582,9 +582,10 @@ def test_who_writes_for_longer_than_torchs_half_hour_is_not_called_lost(tmp_path
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
-    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: limits.append(timeout) or "its own")
+    monkeypatch.setattr(dist, "new_group", lambda backend: "its own")
+    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda *given: limits.append(given))
     assert checkpoint.Ranks(None).group == "its own"
-    assert limits == [checkpoint.SLOWEST]
+    assert limits == [(checkpoint.SLOWEST, "its own")]
 
 
 def save_in_a_folder_of_its_own(rank, n, run):

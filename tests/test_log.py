@@ -4,6 +4,8 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import sys
 import threading
 from pathlib import Path
 
@@ -236,3 +238,15 @@ def test_a_folder_without_metrics_cannot_be_plotted(tmp_path):
         plot.read(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 5}\n{"step": 2, "tok')
     assert len(plot.read(tmp_path)) == 1
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As of `train | tee` after a Ctrl-C, which ends tee as well."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        logged(tmp_path, range(1, 4)).close()
+        log.say("saved")
+        monkeypatch.undo()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import threading
@@ -96,7 +97,8 @@ def test_a_rank_that_sleeps_is_named_with_step_block_and_collective(tmp_path: Pa
     assert all(code != 0 and cause in said for code, said in found.values()), found
     first = [said for rank, (code, said) in found.items() if code == EXIT and rank != 1]
     assert first                                     # the others may learn it from a connection that breaks
-    assert all("waited 3 s in step 2 for the all-reduce of blocks.1.token: rank 1" in said for said in first), first
+    waited = r"waited [2-9] s in step 2 for the all-reduce of blocks\.1\.token: rank 1"
+    assert all(re.search(waited, said) for said in first), first
     assert all(said.count("\n") == 1 for said in first)
     if found[2][0] == EXIT:
         assert found[2][1].startswith("stepladder: rank 2 (pp 0, dp 1, tp 0, ep 0) waited")
@@ -205,6 +207,7 @@ def test_when_a_connection_breaks_the_one_that_is_gone_is_known_long_before_it_c
     for rank, w in enumerate(three):
         w.start(Mesh(Parallel(), CPU, rank, 3), words, 60)
         w.pause = 3 * BEAT
+        w.leaving = True                              # it may judge, not end this process
     three[1].ended.set()                              # it says nothing more
     began, broken = time.monotonic(), RuntimeError("Connection closed by peer [127.0.0.1]:1234")
     try:
@@ -216,7 +219,7 @@ def test_when_a_connection_breaks_the_one_that_is_gone_is_known_long_before_it_c
         three[0].stop(cause)
         began = time.monotonic()
         assert three[2]._cause(broken) == cause       # which need not find out by itself
-        assert time.monotonic() - began < 0.7 * SURE
+        assert time.monotonic() - began < BEAT + SURE
     finally:
         for w in three:
             w.stop("")
@@ -301,10 +304,10 @@ def test_following_a_collective_costs_next_to_nothing(on: bool, most: float) -> 
 def test_only_a_watch_that_rests_waits_longer_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    w = watching(0.2)
+    w = watching(1.0)
     try:
         with w.rest():
-            time.sleep(0.5)
+            time.sleep(1.5)
             assert not codes
         end = time.monotonic() + 30
         while not codes and time.monotonic() < end:

@@ -48,7 +48,7 @@ class Silent(TensorComm):
     """The same slices and no collectives: what every sublayer would take if communication were free."""
 
     def __init__(self, comm: TensorComm):
-        super().__init__(comm.lanes, None)
+        super().__init__(comm.lanes, comm.ranks, comm.sequence)
         self.n = comm.ranks.n if comm.ranks is not None and comm.sequence else 1
 
     def spread(self, x: torch.Tensor) -> Started:
@@ -76,11 +76,16 @@ class Pass:
         def forward() -> torch.Tensor:
             return decoder(tokens, Context.plain(*tokens.shape, device=tokens.device)).read(0).h
 
+        def backward(h: torch.Tensor) -> None:
+            h.backward(grad)
+            if comm.ranks is not None:
+                comm.ranks.settle()
+
         def both() -> None:
             decoder.zero_grad()
-            forward().backward(grad)
+            backward(forward())
 
-        self.parts = [lambda: setattr(self, "h", forward()), lambda: self.h.backward(grad)]
+        self.parts = [lambda: setattr(self, "h", forward()), lambda: backward(self.h)]
         if not captured:
             return
         stream = torch.cuda.Stream()
