@@ -24,7 +24,7 @@ test: .venv/done  ## the whole CPU suite
 deepspeed-test: .venv/done  ## DeepSpeed with weights and moments on a disk, $DISK (.): some minutes, once, to compile its reader
 	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=tests $(QUIET) $(BIN)/python tests/nvme.py $(DISK)
 
-parity: .venv/done  ## every model of the parity matrix on every layout, and its table into the README: a quarter of an hour
+parity: .venv/done  ## every model of the parity matrix on every layout, and its table into the README: ten minutes
 	PYTHONPATH=tests $(QUIET) $(BIN)/python tests/parity.py
 
 soak: .venv/done  ## 50 kills at random moments of a run of four processes; its losses must be those of an undisturbed one
