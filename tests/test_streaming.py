@@ -234,6 +234,21 @@ def test_a_source_that_does_not_answer_at_all_is_not_skipped_but_ends_the_run_in
         assert [*server.asked.values()].count(2) <= 1, "only the first is asked for again"
 
 
+@pytest.mark.parametrize(("vain", "left"), [(0, 100), (30, 70), (99, 50)])
+def test_a_shard_after_one_that_did_not_come_has_at_least_half_its_time(server, monkeypatch, vain, left):
+    found, given = Corpus(server.url, limits=Limits(stall=1, total=100)), []
+    found._vain = vain
+
+    def comes(remote, told, until):
+        given.append(until - time.monotonic())
+        return io.BytesIO(), None
+
+    monkeypatch.setattr(found, "_fetch", comes)
+    found._wait(found.manifest.shards[0])
+    assert given == [pytest.approx(left, abs=9)]
+    assert found._vain == 0
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "tokenizer.json", "shard-00000.tar"])
 @pytest.mark.parametrize(("fault", "passing"), [("503", True), ("404", False)])
 def test_a_source_that_is_away_may_be_found_by_another_start(server, file, fault, passing):
