@@ -43,7 +43,7 @@ def activated(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor 
     computed in fp32; the torch form's results are promoted.
     """
     check(x, w, start, before)
-    w, sizes = w.to(x.dtype), [*sizes] or [x.shape[2]]      # as FSDP has cast them already
+    sizes = [*sizes] or [x.shape[2]]
     lengths = [*lengths] + [0.0] * (len(sizes) - len(lengths))
     if sum(sizes) != x.shape[2] or len(lengths) != len(sizes) or (any(lengths) and any(n % head for n in sizes[:-1])):
         raise ValueError(f"parts of {sizes} channels with heads of {head} at lengths {lengths} do not go with "
@@ -54,6 +54,8 @@ def activated(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor 
             else f"heads of {head}; those of a power of two up to {HEAD} have one"):
         x, w, start, before = (z.contiguous() for z in (x, w, start, before))
         return fused(x, w, start, before, bias, sizes, lengths, head)
+    if w.dtype != x.dtype:      # rounded, as FSDP has them already; but not their gradient, a sum over all tokens
+        w = w + (w.to(x.dtype) - w).detach()
     y, after = causal(promote(x), w, start, before, bias)
     parts = [*F.silu(y).split(sizes, -1)]
     for i, length in enumerate(lengths):
@@ -73,7 +75,8 @@ def check(x: Tensor, w: Tensor, start: Tensor, before: Tensor) -> None:
 @torch.library.custom_op("stepladder::conv", mutates_args=())
 def fused(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, sizes: list[int],
           lengths: list[float], head: int) -> list[Tensor]:
-    return kernels.forward(x, w, bias, start, before, sizes, lengths, head, EPS)
+    """w may be of a higher precision than x, which it is rounded to; its gradient is not."""
+    return kernels.forward(x, w.to(x.dtype), bias, start, before, sizes, lengths, head, EPS)
 
 
 @fused.register_fake
@@ -107,7 +110,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, w, start, before, bias = ctx.saved_tensors
     *dparts, dafter = grads
-    dx, dw, dbefore, dbias = _backward(x, w, start, before, bias, ctx.sizes, ctx.lengths, ctx.head, dparts, dafter)
+    dx, dw, dbefore, dbias = _backward(x, w.to(x.dtype), start, before, bias, ctx.sizes, ctx.lengths, ctx.head, dparts,
+                                       dafter)
     return dx, dw.to(w.dtype), None, dbefore, None if bias is None else dbias.to(bias.dtype), None, None, None
 
 

@@ -92,6 +92,21 @@ def test_the_torch_form_is_what_mixers_did_by_themselves() -> None:
         assert part.equal(want)
 
 
+def test_the_gradient_of_masters_is_not_rounded_to_the_inputs_type() -> None:
+    """They are; FSDP has done it already where it shards them. The slopes are ones, which rounding leaves alone."""
+    def gradient(f: Any, **made: Tensor) -> Tensor:
+        made["w"].requires_grad_()
+        sum(z.sum() for z in f(**made)).backward()
+        assert made["w"].grad is not None
+        return made["w"].grad
+
+    made = inputs(21, 8, 4, BORDERS["many"], HALF)
+    want = gradient(both()[1], **made | {"w": made["w"].to(HALF).float(), "x": made["x"].float()})
+    for f in both():
+        got = gradient(f, **made | {"w": made["w"].clone()})
+        assert float((got - want).norm() / want.norm()) < 1e-6
+
+
 def test_parts_that_do_not_add_up_are_refused() -> None:
     made = inputs(4, 24, 4, [])
     for sizes, lengths in (((8, 8), ()), ((12, 12), (1.0,)), ((24,), (1.0, 1.0))):
