@@ -50,6 +50,14 @@ def test_the_result_is_of_the_gates_type_and_large_gates_are_no_harm(poisoned: N
     assert norm.fused(**made).dtype == HALF
 
 
+def test_gradients_in_fp32_lose_nothing_to_a_gate_of_16_bits(poisoned: None) -> None:
+    made = inputs(16, SINGLE, gate=HALF)
+    got = norm._backward(*made.values(), torch.ones_like(made["gate"]))
+    x = {n: z.double().requires_grad_() for n, z in made.items()}
+    want = torch.autograd.grad(norm.gated_norm(**x).sum(), [*x.values()])
+    assert max(fused.ratio(got[i], want[i]) for i in range(2)) < BAR[SINGLE]
+
+
 def test_nan_stays_in_its_head() -> None:
     made = inputs(16)
     made["y"][1, 2, 0, 3] = torch.nan

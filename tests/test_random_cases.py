@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import random_cases
 import torch
-from fused import HALF
+from fused import HALF, SINGLE
 from random_cases import Build, Case, Draw, judge
 from torch import Tensor
 
@@ -64,3 +64,22 @@ def test_the_bar_of_a_difference_is_raised_by_what_rounding_does_to_it(
     assert result.worst > 1
     assert result.raised
     assert (not result.wrong) == passes
+
+
+@pytest.mark.parametrize(("draws", "passes"), [([1, 1, 9], True), ([1, 1, 1, 1, 9], False)])
+def test_it_is_raised_by_the_most_that_a_few_roundings_do(
+        draws: list[float], passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    off, unit = iter(draws), torch.finfo(HALF).eps / 2
+    monkeypatch.setitem(random_cases.FAMILIES, "toy", lambda d, dtype: Case(
+        {"x": torch.ones(5, dtype=dtype)}, lambda x: (x.double() + 0.02,), lambda x: (x,)))
+    monkeypatch.setitem(random_cases.BARS, "toy", {"": 5e-3})
+    monkeypatch.setattr(random_cases, "rounded", lambda x, dtype, d: {"x": x["x"].double() * (1 + next(off) * unit)})
+    assert (not judge(Build("toy", HALF, {}), 0, 0, "cpu").wrong) == passes
+
+
+def test_the_bar_is_that_of_the_coarsest_type_among_inputs() -> None:
+    builds = [random_cases.Build("norm", SINGLE, {"V": 16, "gate": gate}) for gate in (HALF, SINGLE)]
+    mixed, single = (judge(build, 0, CASE, "cpu") for build in builds)
+    assert not mixed.wrong
+    assert not single.wrong
+    assert mixed.worst < 1      # of a bar for 16 bits: the result and what is sent back to it are of the gate's type
