@@ -184,7 +184,7 @@ def scan_case(d: Draw, dtype: torch.dtype, D: int, N: int) -> Case:
 def conv_case(d: Draw, dtype: torch.dtype, sizes: tuple[int, ...], lengths: tuple[float, ...], head: int, taps: int,
               bias: bool) -> Case:
     C, B, T = sum(sizes), d.pick("B", *ROWS), d.tokens(d.random.choice(["short", "long", "even"]))
-    x = {"x": d.randn(B, T, C).to(dtype), "w": d.randn(C, taps), "start": d.borders(B, T),
+    x = {"x": d.randn(B, T, C).to(dtype), "w": d.randn(C, taps).to(dtype).float(), "start": d.borders(B, T),
          "before": d.state(B, taps - 1, C).to(dtype)} | ({"bias": d.randn(C)} if bias else {})
     rest = {"sizes": [*sizes], "lengths": [*lengths, *[0.0] * (len(sizes) - len(lengths))], "head": head}
 
