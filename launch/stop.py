@@ -6,6 +6,9 @@ writes its number to a pipe, which a thread reads. Threads of all ranks then say
 has begun, and the furthest of these is the last. Nobody begins another before it is known, so none waits for a step
 that another leaves out. Training itself is never asked: no host sync, nothing between its collectives.
 
+A launcher also sends TERM to the others when a rank has died. Over gloo a connection has broken by then, but NCCL waits
+on, in silence. So who does not answer soon is suspected, and if it is gone the watch names it and ends the others.
+
 A second Ctrl-C ends its process at once, and saves nothing.
 
 Signals that launch/cli.py kept back while it imported torch are seen as well. And there is an end that nobody asks for:
@@ -24,10 +27,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from stepladder.parallel.watch import EXIT, TELL, LostRank, listed
+from stepladder.parallel.watch import EXIT, TELL, LostRank, listed, watch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = timedelta(seconds=20)    # with threads that only have to answer; torchrun and Slurm kill after 30
+SOON = timedelta(seconds=1)         # until those that did not are suspected
 EVER = timedelta(days=20)           # in milliseconds it must fit into 31 bits
 COMING = 25.0                       # seconds for ranks that are to stop to come together: imports take unlike times
 INTERRUPTED = 130                   # the exit code of a second Ctrl-C
@@ -92,8 +96,8 @@ class Stop:
         atexit.register(_deafen)
         os.close(self.pipe)
         self._ask(self.rank, "")
-        self.came.set()
-        self.met.set()
+        for event in (self.came, self.met, self.known):
+            event.set()
         for thread in self.threads:
             thread.join(1)
 
@@ -121,6 +125,9 @@ class Stop:
         self.met.wait()
         self._ask(0, f"{name} to rank {self.rank}" if self.rank else name)    # who asks the others
         self._ask(self.rank, name)                      # rank 0 may have come to its end
+        self.known.wait()
+        if self.lost and not self.over.wait(TELL):      # training waits for a device or a rank that will not come
+            _leave(f"{self.asked} asks the run to stop, but {self.lost}", self.tell)
 
     def _say(self, word: str) -> None:
         """Once, however many signals come."""
@@ -152,7 +159,9 @@ class Stop:
                 store.set("last", self._gather(store, word) if word else str(self.begun))
             if word:
                 self._say(word)
-                store.wait(["last"], 2 * PATIENCE)
+                if self._missing(store, ["last"], 2 * SOON):         # rank 0 suspects the others, these suspect rank 0
+                    self._thread(watch.suspect, [0])
+                    store.wait(["last"], 2 * PATIENCE)
                 last = store.get("last").decode()
                 self.last, self.lost = (int(last), "") if last.isdecimal() else (0, last)
         except RuntimeError as error:
@@ -164,11 +173,20 @@ class Stop:
         for rank in range(1, self.size):
             self._ask(rank, word)
         begun = [f"begun/{rank}" for rank in range(self.size)]
-        try:
-            store.wait(begun, PATIENCE)
-        except RuntimeError:
-            return f"{listed([r for r, key in enumerate(begun) if not store.check([key])])} did not answer"
+        if late := self._missing(store, begun, SOON):
+            self._thread(watch.suspect, late)
+            if late := self._missing(store, begun, PATIENCE - SOON):
+                return f"{listed(late)} did not answer"
         return str(max(map(int, store.multi_get(begun))))
+
+    @staticmethod
+    def _missing(store: dist.Store, keys: list[str], patience: timedelta) -> list[int]:
+        """Which keys have not come when all have, or patience ends."""
+        try:
+            store.wait(keys, patience)
+        except RuntimeError:
+            return [n for n, key in enumerate(keys) if not store.check([key])]
+        return []
 
     @staticmethod
     def _thread(work: Callable[..., None], *args: object) -> threading.Thread:

@@ -155,6 +155,14 @@ class Watch:
         finally:
             self.rests = False
 
+    def suspect(self, ranks: Sequence[int]) -> None:
+        """These do not answer. Those that do not beat either are gone: an alarm, where no connection may ever break."""
+        if self.on:
+            with contextlib.suppress(RuntimeError):
+                before, listened = self._read(ranks), not self.ended.wait(LISTEN * self.pause)
+                if silent := self._silent(before, words := self._read(ranks)) if listened else []:
+                    self._leave(self._gone(silent, words))
+
     # What follows may run in either thread. Only training changes `held`: the main thread or autograd's, never both.
 
     def _follow(self) -> None:
@@ -250,18 +258,24 @@ class Watch:
             over = listened >= LISTEN * self.pause or self.ended.is_set()
             if over or judge:
                 words = self._read()
-                silent = [r for r, word in words.items() if word.beat == before[r].beat and r != self.mesh.rank]
+                silent = self._silent(before, words)
                 if over or (len(silent) == 1 and listened >= SURE):
                     break
         if silent:
-            return self._list(silent, lambda r: f"has been silent for {max(0.0, time.time() - words[r].time):.0f} s, "
-                                                f"last heard of {_in(words[r].step)}{words[r].stands}")
+            return self._gone(silent, words)
         if behind := self._behind(words):
             return self._list(behind, lambda r: f"never came, it is {_in(words[r].step)}{words[r].stands}")
         places: dict[str, list[int]] = defaultdict(list)
         for rank, word in words.items():
             places[f"{_in(word.step)}{word.stands}"].append(rank)
         return "; ".join(f"{listed(ranks)} {place}" for place, ranks in [*places.items()][:4])
+
+    def _silent(self, before: dict[int, Word], words: dict[int, Word]) -> list[int]:
+        return [r for r, word in words.items() if word.beat == before[r].beat and r != self.mesh.rank]
+
+    def _gone(self, silent: list[int], words: dict[int, Word]) -> str:
+        return self._list(silent, lambda r: f"has been silent for {max(0.0, time.time() - words[r].time):.0f} s, "
+                                            f"last heard of {_in(words[r].step)}{words[r].stands}")
 
     def _list(self, ranks: list[int], what: Callable[[int], str]) -> str:
         more = f"; and {len(ranks) - 4} more" if len(ranks) > 4 else ""
@@ -310,9 +324,11 @@ class Watch:
         word = Word(self.beats, time.time(), self.told, self.started, self._stands())
         self.store.set(str(self.mesh.rank), json.dumps(word))
 
-    def _read(self) -> dict[int, Word]:
-        words = self.store.multi_get([*map(str, range(self.mesh.size))])
-        return {rank: Word(*json.loads(word)) for rank, word in enumerate(words)}
+    def _read(self, ranks: Sequence[int] | None = None) -> dict[int, Word]:
+        """What these ranks, or all, said last."""
+        ranks = range(self.mesh.size) if ranks is None else ranks
+        words = self.store.multi_get([*map(str, ranks)])
+        return {rank: Word(*json.loads(word)) for rank, word in zip(ranks, words, strict=True)}
 
     def _rank(self, rank: int) -> str:
         return f"rank {rank} ({self.mesh.at(rank).place})"

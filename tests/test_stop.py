@@ -96,6 +96,7 @@ def test_a_signal_that_comes_before_the_ranks_have_met_is_kept():
 
 @pytest.mark.parametrize("ranks", [(0, 2)], indirect=True)
 def test_a_rank_that_does_not_answer_is_named_on_all_others(ranks: list[Stop], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stop, "SOON", timedelta(seconds=0.1))
     monkeypatch.setattr(stop, "PATIENCE", timedelta(seconds=0.3))
     ask(ranks[0], signal.SIGTERM)
     for rank in ranks:
@@ -165,6 +166,23 @@ def test_a_rank_that_is_to_stop_does_not_wait_for_those_that_never_come(ended, c
     assert ended == [EXIT]
     assert told == ["SIGTERM asks the run to stop, and not all of its ranks have come"]
     assert capfd.readouterr().err == f"stepladder: {told[0]}\n"
+
+
+@pytest.mark.parametrize("gets_on", [False, True])
+def test_a_rank_that_cannot_stop_with_the_others_ends_whatever_it_waits_for(ended, capfd, gets_on: bool,
+                                                                          monkeypatch: pytest.MonkeyPatch):
+    for name, seconds in (("SOON", 0.05), ("PATIENCE", 0.1)):
+        monkeypatch.setattr(stop, name, timedelta(seconds=seconds))
+    monkeypatch.setattr(stop, "TELL", 60 if gets_on else 0.1)
+    told: list[str] = []
+    one = Stop(told.append)
+    one.meet(None, 0, 2, 1)
+    ask(one, signal.SIGTERM)
+    until(lambda: one.lost if gets_on else ended)
+    one.close()
+    assert ended == [EXIT] * (not gets_on)
+    assert told == ["SIGTERM asks the run to stop, but rank 1 did not answer"] * (not gets_on)
+    assert capfd.readouterr().err == "".join(f"stepladder: {why}\n" for why in told)
 
 
 def test_who_is_missing_is_said_before_torchrun_kills():

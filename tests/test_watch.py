@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import ranks
@@ -21,7 +22,8 @@ import tiny
 import torch
 import torch.distributed as dist
 
-from stepladder.launch import cli, world
+from stepladder.launch import cli, stop, world
+from stepladder.launch.stop import Stop
 from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Ranks
 from stepladder.parallel.mesh import Mesh
@@ -238,6 +240,56 @@ def test_an_error_of_this_rank_alone_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         with Watch().over(Mesh(Parallel(), CPU), dist.HashStore(), 60):
             raise RuntimeError("out of memory")
+
+
+def waits_in_silence(rank: int, n: int, guilty: int) -> None:
+    """As over NCCL, where no connection breaks. The last rank is torchrun, too: one dies, and it ends the others."""
+    stop.SOON = timedelta(seconds=0.3)
+    asked = Stop()
+    asked.meet(store(), rank, n, 1)
+    with watch.over(Mesh(Parallel(), CPU, rank, n), store(), 20 * LIMIT):
+        watch.pause = 0.3
+        watch.step(1)
+        store().set(f"process/{rank}", str(os.getpid()))
+        if rank == n - 1:
+            processes = [int(store().get(f"process/{r}")) for r in range(n)]
+            os.kill(processes.pop(guilty), signal.SIGKILL)
+            for process in processes:
+                os.kill(process, signal.SIGTERM)
+        sleeps()
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_a_killed_rank_is_named_where_no_connection_breaks_but_its_launcher_ends_the_others(tmp_path: Path, guilty: int
+                                                                                            ) -> None:
+    found = ends(3, waits_in_silence, tmp_path, guilty)
+    assert found.pop(guilty)[0] == -signal.SIGKILL
+    assert len(found) == 2
+    for code, said in found.values():
+        assert code == EXIT
+        assert f": rank {guilty} (pp 0, dp {guilty}, tp 0, ep 0) has been silent for " in said
+
+
+def test_a_rank_that_does_not_answer_but_beats_is_not_suspected_for_long() -> None:
+    """It may load a checkpoint."""
+    words, pair = dist.HashStore(), (Watch(), Watch())
+    try:
+        for rank, w in enumerate(pair):
+            w.start(Mesh(Parallel(), CPU, rank, 2), words, 60)
+            w.leaving = True
+        listens = lambda speaks: SimpleNamespace(wait=lambda _: speaks(), is_set=lambda: False, set=lambda: None)
+        with mock.patch.object(pair[0], "ended", listens(pair[1]._say)):
+            pair[0].suspect([1])
+        assert not pair[0].store.check(["alarm"])
+        pair[1].ended.set()
+        pair[1].thread.join()
+        with mock.patch.object(pair[0], "ended", listens(lambda: None)):
+            pair[0].suspect([1])
+        assert pair[0].store.check(["alarm"])
+        assert pair[0].store.get("left").decode().startswith("rank 1 (pp 0, dp 1, tp 0, ep 0) has been silent for ")
+    finally:
+        for w in pair:
+            w.stop("")
 
 
 class Handle:
