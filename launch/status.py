@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.launch import events
+from stepladder.parallel.checkpoint_folder import CheckpointError, steps, verify
 
 RECENT = 50                 # records, for the speed
 
@@ -24,30 +25,43 @@ def run(args: argparse.Namespace) -> None:
 
 def said(folder: Path, now: float) -> dict[str, str]:
     """What there is to say, by name."""
-    steps, tokens = _goal(folder / "config.toml")
+    last, tokens = _goal(folder / "config.toml")
     records, told = _records(folder / "metrics.jsonl"), events.read(folder)
     at, seen = (records[-1]["step"], records[-1]["tokens"]) if records else (0, 0)
-    out = {"run": f"{folder}: {_state(folder, told, steps)}", "step": f"{at} of {steps}", "tokens": f"{seen:,}"}
+    out = {"run": f"{folder}: {_state(folder, told, last)}", "step": f"{at} of {last}", "tokens": f"{seen:,}"}
     if records:
         out["step"] += f", {_ago(now - (folder / 'metrics.jsonl').stat().st_mtime)}"
         if records[-1].get("loss") is not None:
             out["loss"] = f"{records[-1]['loss']:.4f}"
         speed = statistics.median(r["tokens_per_s"] for r in records)
         out["speed"] = f"{speed:,.0f} tokens/s"
-        if at < steps:
-            out["left"] = _duration((steps - at) * tokens / speed)
+        if at < last:
+            out["left"] = _duration((last - at) * tokens / speed)
     starts = [e for e in told if e["event"] in ("start", "resume")]
     if starts:
-        last = starts[-1]
-        out["started"] = f"{_ago(now - last['time'])}, on {last['ranks']} ranks told by {last['launcher']}"
+        began = starts[-1]
+        out["started"] = f"{_ago(now - began['time'])}, on {began['ranks']} ranks told by {began['launcher']}"
     out["restarts"] = str(sum(e["event"] == "resume" for e in told))
-    saved = sorted(f.name for f in folder.glob("checkpoints/step-????????"))
-    out["checkpoint"] = saved[-1] if saved else "none"
+    out["checkpoint"] = _saved(folder / "checkpoints")
     if faults := [e for e in told if e["event"] in ("fault", "unsaved")]:
         since = sum(e in starts for e in told[told.index(faults[-1]):])
         later = f", {since} start{'s' * (since > 1)} since" if since else ""
         out["last error"] = f"{faults[-1]['error']} ({_ago(now - faults[-1]['time'])}{later})"
     return out
+
+
+def _saved(folder: Path) -> str:
+    """The newest checkpoint that is whole, and what is wrong with newer ones. Their bytes, which may be many, are left
+    to the next start to compare."""
+    wrong = []
+    for path in steps(folder):
+        try:
+            verify(path, parts=0)
+        except (OSError, CheckpointError) as error:
+            wrong.append(f"; not {path.name}: {error}")
+        else:
+            return path.name + "".join(wrong)
+    return "none" + "".join(wrong)
 
 
 def _goal(file: Path) -> tuple[int, int]:

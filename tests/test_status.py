@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stepladder.launch import cli, status
+from stepladder.parallel.checkpoint_folder import FORMAT, write_index
 
 
 @pytest.fixture
@@ -17,13 +18,22 @@ def run(tmp_path: Path) -> Path:
              for s in range(1, 41)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 41, "lo')
     for step in (10, 40):
-        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        checkpoint(tmp_path, step)
     (tmp_path / "checkpoints/step-00000041.tmp-abcd").mkdir()
     (tmp_path / "unfinished").write_text("cut off\n")
     event(tmp_path, event="start", time=0, ranks=8, launcher="torchrun")
     event(tmp_path, event="fault", time=3600, error="rank 0 lost the others")
     event(tmp_path, event="resume", time=3700, ranks=16, launcher="Slurm")
     return tmp_path
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    """Of four bytes."""
+    path = run / f"checkpoints/step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "rank-00000.bin").write_bytes(b"1234")
+    write_index(path, {"format": FORMAT, "files": {"rank-00000.bin": [4, "9be3e0a3"]}})
+    return path
 
 
 def event(run: Path, **facts: object) -> None:
@@ -44,6 +54,20 @@ def test_status_says_where_a_run_stands(run: Path):
     assert status.said(run, now=3600 * 4)["last error"].endswith("(3.0 hours ago, 2 starts since)")
     event(run, event="unsaved", time=3900, error="no room")
     assert status.said(run, now=3960)["last error"] == "no room (60 seconds ago)"
+
+
+def test_the_last_checkpoint_is_the_newest_whole_one_and_torn_ones_are_named(run: Path):
+    short, empty = checkpoint(run, 50), run / "checkpoints/step-00000060"
+    (short / "rank-00000.bin").write_bytes(b"12")
+    empty.mkdir()
+    torn = (f"; not step-00000060: {empty / 'checkpoint.json'} is missing; {empty} is not a checkpoint"
+            f"; not step-00000050: {short / 'rank-00000.bin'} has 2 bytes instead of 4")
+    assert status.said(run, now=0)["checkpoint"] == "step-00000040" + torn
+    for step in (10, 40):
+        (run / f"checkpoints/step-{step:08d}/rank-00000.bin").unlink()
+    said = status.said(run, now=0)["checkpoint"]
+    assert said.startswith("none" + torn)
+    assert said.endswith("; not step-00000010: " + f"{run / 'checkpoints/step-00000010/rank-00000.bin'} is missing")
 
 
 @pytest.mark.parametrize(("last", "step", "marker", "state"), [
