@@ -236,12 +236,12 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean negative log-likelihood of the first held-out rows, the same ones every time."""
-        rows = self._loader(None, "heldout")
-        with contextlib.closing(rows):
-            count = self.run.train.eval_batches * self.plan.accumulation
-            micros = [micro(next(rows), self.device) for _ in range(count)]
-            result = self.parts.pipe(micros, train=False)
-        sums = torch.stack([result.nll.double(), result.count.double()]) / self.mesh.tp
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with contextlib.closing(self._loader(None, "heldout")) as rows:
+            for _ in range(self.run.train.eval_batches):     # no more at once than a step: a pipeline has room for each
+                micros = [micro(next(rows), self.device) for _ in range(self.plan.accumulation)]
+                result = self.parts.pipe(micros, train=False)
+                sums += torch.stack([result.nll.double(), result.count.double()]) / self.mesh.tp
         if not self.mesh.alone:
             dist.all_reduce(sums)
         nll, count = sums.tolist()
