@@ -130,7 +130,10 @@ class _Timed(PipelineStage):
         return self._noted("transfer of activations to", fwd_chunk_id, super().get_fwd_recv_ops)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._noted("transfer of activations from", fwd_chunk_id, super().get_fwd_send_ops)
+        found = self._noted("transfer of activations from", fwd_chunk_id, super().get_fwd_send_ops)
+        if not torch.is_grad_enabled():
+            del self.fwd_cache[fwd_chunk_id]           # kept for a backward, and if none comes for good
+        return found
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         return self._noted("transfer of gradients to", bwd_chunk_id, super().get_bwd_recv_ops)
