@@ -1,6 +1,7 @@
 """Pipelines: every schedule equals one rank, tied tables stay one, spans are balanced, timelines tell the truth."""
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -15,8 +16,10 @@ import torch
 from test_parity import CPU, EXACT, on_mesh, passes
 from torch import Tensor
 
+from stepladder.data.loader import Batch
 from stepladder.launch import timeline
 from stepladder.launch.timeline import Box
+from stepladder.launch.train import Trainer
 from stepladder.model.config import ModelConfig
 from stepladder.model.context import Context, borders
 from stepladder.model.decoder import costs, flops, parameters
@@ -253,6 +256,39 @@ def test_steps_evaluations_and_checkpoints_of_a_tied_model_are_those_of_one_rank
     want = ranks.run(1, steps, Parallel(), tmp_path, "step-00000002", None)[0]
     for rank in ranks.run(n, steps, layout, tmp_path, "step-00000001", None):
         agrees(rank, want)
+
+
+def left(rank: int, n: int, schedule: str) -> int:
+    """Tensors of the size of a stage's output that an evaluation leaves, but for those that the next one receives."""
+    mesh, held_out = Mesh(piped(schedule), CPU, rank, n), [tiny.micro(3, 17, seed=i) for i in range(6)]
+    parts = build(tiny.config(), mesh, seed=0)
+    parts.pipe(held_out, train=False)
+    gc.collect()
+    found = {x.untyped_storage().data_ptr() for x in gc.get_objects() if type(x) is Tensor and x.shape == (3, 17, 32)}
+    return len(found) - 2 * len(held_out) * sum(stage > 0 for stage in mesh.layout.held(rank))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:2])
+def test_an_evaluation_leaves_no_outputs_behind(schedule: str) -> None:
+    """torch keeps them for a backward, until the next evaluation."""
+    assert ranks.run(2, left, schedule) == [0, 0]
+
+
+def test_an_evaluation_has_no_more_micro_batches_at_once_than_a_step() -> None:
+    """A pipeline has memory for each of them."""
+    passes: list[int] = []
+
+    def pipe(micros: list[Any], train: bool) -> SimpleNamespace:
+        passes.append(len(micros))
+        return SimpleNamespace(nll=torch.tensor(3.0 * len(passes)), count=torch.tensor(2))
+
+    nothing = torch.zeros(1, 1, dtype=torch.bool)
+    fake: Any = SimpleNamespace(
+        device=CPU, mesh=Mesh(Parallel(), CPU), parts=SimpleNamespace(pipe=pipe), plan=SimpleNamespace(accumulation=4),
+        run=SimpleNamespace(train=SimpleNamespace(eval_batches=3)),
+        _loader=lambda *_: (Batch(nothing, nothing, nothing, {}) for _ in range(12)))
+    assert Trainer.evaluate(fake) == 3.0
+    assert passes == [4, 4, 4]
 
 
 def agrees(got: list[Any], want: list[Any]) -> None:
