@@ -47,15 +47,19 @@ class _Over(Missing):
 
 
 KINDS = {kind.__name__: kind for kind in (Disagreement, Missing, _Over)}
+Judge = Callable[[dict[int, str]], Disagreement | None]      # of the words of those that came
 
 
-def on_the_start(store: dist.Store, rank: int, size: int, minutes: float) -> dist.Store:
-    """Wait for all ranks; the part of a store in which they speak, and nobody did before.
+def on_the_start(store: dist.Store, rank: int, size: int, minutes: float, word: str = "",
+                 judge: Judge | None = None) -> dist.Store:
+    """Wait for all ranks; the part of a store in which they speak, and nobody did before. word, judge: as in `consult`,
+    but a judge hears of those that came, and lets them go on without the others if it wants to.
 
     torchrun's store outlives its workers, and no variable says which start this is: every agent counts for itself. So
     starts are numbered in the store. Rank 0 opens the first that is not open; the one before it is then over, also for
     ranks that came too early and took it for theirs. The others come to the first that is open and not over.
     """
+    judge = judge or (lambda words: _absent(words, size, minutes))
     starts = (dist.PrefixStore(f"start/{number}", store) for number in itertools.count(1))
     if rank == 0:
         own = last = next(starts)
@@ -64,13 +68,13 @@ def on_the_start(store: dist.Store, rank: int, size: int, minutes: float) -> dis
         if own is not last and not last.check(["verdict"]):
             last.set("verdict", json.dumps([_Over.__name__, "rank 0 was started again"]))
         own.set("open", "")
-        _consult(own, rank, size, "", lambda words: None, minutes)
+        _consult(own, rank, size, word, judge, minutes)
         return own
     for own in starts:
         _wait(own, "open", minutes)
         if not own.check(["verdict"]):
             with contextlib.suppress(_Over):
-                _consult(own, rank, size, "", lambda words: None, minutes)
+                _consult(own, rank, size, word, judge, minutes)
                 return own
     raise AssertionError("numbers do not end")
 
@@ -78,20 +82,22 @@ def on_the_start(store: dist.Store, rank: int, size: int, minutes: float) -> dis
 def consult(store: dist.Store, rank: int, size: int, word: str, judge: Callable[[list[str]], str | None],
             minutes: float) -> None:
     """Every rank says its word; rank 0 judges them; its verdict, if there is one, is raised on every rank."""
-    _consult(dist.PrefixStore(f"agree/{next(_round)}", store), rank, size, word, judge, minutes)
+    def strict(words: dict[int, str]) -> Disagreement | None:
+        absent = _absent(words, size, minutes)
+        return absent or (Disagreement(verdict) if (verdict := judge([*words.values()])) else None)
+
+    _consult(dist.PrefixStore(f"agree/{next(_round)}", store), rank, size, word, strict, minutes)
 
 
-def _consult(store: dist.Store, rank: int, size: int, word: str, judge: Callable[[list[str]], str | None],
-             minutes: float) -> None:
+def _consult(store: dist.Store, rank: int, size: int, word: str, judge: Judge, minutes: float) -> None:
     """As `consult`, in a part of the store where nothing else was asked."""
     store.set(f"{rank}", word)
     if rank == 0:
-        absent = _missing(store, size, minutes)
-        verdict = absent or judge([store.get(f"{r}").decode() for r in range(size)]) or ""
-        store.set("verdict", json.dumps([(Missing if absent else Disagreement).__name__, verdict]))
+        found = judge(words(store, size, minutes))
+        store.set("verdict", json.dumps([type(found).__name__, str(found)] if found else ["", ""]))
     _wait(store, "verdict", minutes)
     kind, verdict = json.loads(store.get("verdict"))
-    if verdict:
+    if kind:
         store.set(f"heard/{rank}", "")
         if rank == 0:                            # who may hold the store, and would take it along
             with contextlib.suppress(RuntimeError):
@@ -99,13 +105,21 @@ def _consult(store: dist.Store, rank: int, size: int, word: str, judge: Callable
         raise KINDS[kind](verdict)
 
 
-def _missing(store: dist.Store, size: int, minutes: float) -> str | None:
+def words(store: dist.Store, size: int, minutes: float) -> dict[int, str]:
+    """What the ranks that come in time say, each under its number."""
+    came = [*range(size)]
     try:
-        store.wait([f"{r}" for r in range(size)], timedelta(minutes=minutes))
+        store.wait([f"{r}" for r in came], timedelta(minutes=minutes))
     except RuntimeError:                         # each kind of store has its own below it
-        absent = [r for r in range(size) if not store.check([f"{r}"])]
-        return (f"{listed(absent)} did not come within {minutes:g} minutes; "
-                "look at what was said there last, or raise train.collective_minutes")
+        came = [r for r in came if store.check([f"{r}"])]
+    return dict(zip(came, (word.decode() for word in store.multi_get([f"{r}" for r in came])), strict=True))
+
+
+def _absent(words: dict[int, str], size: int, minutes: float) -> Missing | None:
+    if absent := [r for r in range(size) if r not in words]:
+        return Missing(f"{listed(absent)} did not come within {minutes:g} minutes; "
+                       "look at what was said there last, or raise train.collective_minutes")
+    return None
 
 
 def _wait(store: dist.Store, key: str, minutes: float) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from stepladder.launch import world
+from stepladder.launch import agree, world
 
 GIB = 10.0                                 # free in each folder, if nobody says how many
 FREE = 0.95                                # of a GPU's memory
@@ -47,14 +47,20 @@ def run(args: argparse.Namespace) -> int:
     store = w.meet()
     if store is None:
         return report({nodes[0]: told} if told else {}, nodes, args.bad)
-    store = dist.PrefixStore(f"attempt/{w.attempt}", store)      # torchrun's outlives its processes
-    store.set(f"said/{w.rank}", told)
-    bad = judge(store, "said", nodes, w.size, limit) if w.main else {}
+    bad: dict[str, str] = {}
+
+    def hear(words: dict[int, str]) -> None:
+        bad.update(judge(words, "said", nodes, w.size, limit))
+
+    # Rank 0 may be looking at its machine, which has two limits.
+    store = agree.on_the_start(store, w.rank, w.size, args.minutes if w.main else 3 * args.minutes, told, hear)
     if not bad:
         own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # this thread waits in the other one
         threading.Thread(target=add_up, args=(w, own, each, args.gpus, limit), daemon=True).start()
         for what in ("inside", "over all"):
-            bad = bad or (judge(store, what, nodes, w.size, limit) if w.main else {})
+            if w.main and not bad:
+                words = agree.words(dist.PrefixStore(what, store), w.size, args.minutes)
+                bad = judge(words, what, nodes, w.size, limit)
     code = report(bad, nodes, args.bad) if w.main else 0
     with contextlib.suppress(RuntimeError):
         if w.main:
@@ -135,14 +141,11 @@ def _said(command: Sequence[str], name: str, limit: timedelta) -> tuple[str, lis
     return done.stdout, [f"{name} ended with {done.returncode}{''.join(last)}"] * (done.returncode != 0)
 
 
-def judge(store: dist.Store, what: str, nodes: Sequence[str], size: int, limit: timedelta) -> dict[str, str]:
-    """Rank 0: the machines that said something bad, or not all of whose processes said anything."""
-    each, keys = size // len(nodes), [f"{what}/{rank}" for rank in range(size)]
-    with contextlib.suppress(RuntimeError):
-        store.wait(keys, limit)
-    found: dict[str, str] = {}
-    for rank, key in enumerate(keys):
-        said = store.get(key).decode() if store.check([key]) else f"silent for {limit.total_seconds():.0f} s"
+def judge(words: dict[int, str], what: str, nodes: Sequence[str], size: int, limit: timedelta) -> dict[str, str]:
+    """The machines of which something bad is said, or not all of whose processes say anything."""
+    each, found = size // len(nodes), {}
+    for rank in range(size):
+        said = words.get(rank, f"silent for {limit.total_seconds():.0f} s")
         if said:
             found.setdefault(nodes[rank // each], said if what == "said" else f"sum {what}: {said}")
     if len(found) == len(nodes) > 1:
