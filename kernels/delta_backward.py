@@ -22,13 +22,13 @@ REVERSE = {      # columns of the state, warps, stages
     128: [(32, 4, 2), (64, 4, 2)],
     256: [(32, 4, 2)],
 }
-# By the larger size: columns of keys and of values, warps, stages, registers a thread; 128 let two blocks run at once.
-# With gates there is one stage: triton 3.6 and 3.7 give what both a product and an element read (S and dS of `kept`)
-# one buffer, and the next copy overwrites what the product still reads: dk and dg were wrong, now and then.
+# By the larger size: columns of keys, warps. There is one stage: triton 3.6 and 3.7 give what both a product and an
+# element read (k; with gates S and dS too) one buffer, and the next copy overwrites what the product still reads: dk
+# and dg were wrong, now and then.
 GRADIENTS = {
-    64: [(32, 32, 8, 2, 128), (32, 32, 8, 2, None)],
-    128: [(32, 64, 8, 2, 128), (64, 64, 8, 2, None), (32, 64, 8, 1, 128), (64, 64, 8, 1, 128)],
-    256: [(32, 32, 8, 2, 128), (32, 64, 8, 1, 128), (64, 64, 8, 2, None)],
+    64: [(32, 4)],
+    128: [(32, 4), (16, 4)],
+    256: [(16, 4)],
 }
 
 
@@ -75,96 +75,72 @@ def _reverse(q, k, A, P, edges, dy, after, dv, dstates, before, T, NT, length, H
     tl.store(before + at, dS)
 
 
-@triton.jit
-def _pair(x, z, ok, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr):
-    """x z^T and z x^T of rows (C, V)."""
-    one, two = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for m in range(0, V, BV):
-        n = m + tl.arange(0, BV)[None, :]
-        xt, zt = tl.load(x + n, mask=ok[:, None], other=0.0), tl.load(z + n, mask=ok[:, None], other=0.0)
-        one = dot(xt, tl.trans(zt), one)
-        two = dot(zt, tl.trans(xt), two)
-    return one, two
-
-
-@triton.jit
-def _product(x, z, ok, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """x z^T of rows (C, K)."""
-    total = tl.zeros([C, C], tl.float32)
-    for m in range(0, K, BK):
-        n = m + tl.arange(0, BK)[None, :]
-        zt = tl.load(z + n, mask=ok[:, None], other=0.0)
-        total = dot(tl.load(x + n, mask=ok[:, None], other=0.0), tl.trans(zt), total)
-    return total
-
-
 @triton.jit(do_not_specialize=["T"])
-def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg, dbeta, T, H, G, K: tl.constexpr,
-               V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
+def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, X, E, dq, dk, dg, dbeta, T, H, G, K: tl.constexpr,
+               V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr,
                EVEN: tl.constexpr):
     c, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
-    r = tl.arange(0, C)
+    r, n, m = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, V)
     ok = (c * C + r < T) | EVEN
-    row = b.to(tl.int64) * T + c * C + r
-    keys = (row * G + h // (H // G))[:, None] * K
-    values = (row * H + h)[:, None] * V
+    row = b.to(tl.int64) * T + c * C
+    key, head = row * G + h // (H // G), row * H + h
+    values = r[:, None] * (H * V) + m[None, :]
+    keys, outs, token = r[:, None] * (G * K) + n[None, :], r[:, None] * (H * K) + n[None, :], r * H
+    q, k, dq, dk = q + key * K, k + key * K, dq + head * K, dk + head * K
     i, j = r[:, None], r[None, :]
-
-    strength = tl.load(beta + row * H + h, mask=ok, other=0.0).to(tl.float32)
+    at = bh.to(tl.int64) * tl.num_programs(0) + c
+    tile = at * C * C + i * C + j
+    chunk = at * K * V + n[:, None] * V + m[None, :]
+    wt = tl.load(w + head * V + values, mask=ok[:, None], other=0.0)
+    dyt = tl.load(dy + head * V + values, mask=ok[:, None], other=0.0)
+    strength = tl.load(beta + head + token, mask=ok, other=0.0).to(tl.float32)
     D, since, until = decays(g, doc, b, h, c, T, H, C, GATED)
-
-    # Both a product and its transpose are computed: a transposed result in registers is no operand of a product
-    # (triton before 3.7.1 gets it wrong on Hopper). What P and N ask for is computed in turn, to hold fewer tiles.
-    one, two = _pair(dy + values, w + values, ok, V, C, BV)
-    one, two = tl.where(i >= j, D * one, 0.0), tl.where(i <= j, D * two, 0.0)
-    X, Xt = (one * strength[None, :]).to(q.dtype.element_ty), (two * strength[:, None]).to(q.dtype.element_ty)
-    Z = one * _product(q + keys, k + keys, ok, K, C, BK)
-    one, two = _pair(dv + values, w + values, ok, V, C, BV)
-    one, two = tl.where(i > j, D * one, 0.0), tl.where(i < j, D * two, 0.0)
-    E = (-one * strength[None, :] - two * strength[:, None]).to(q.dtype.element_ty)
-    Z -= one * _product(k + keys, k + keys, ok, K, C, BK)
+    one = tl.where(i >= j, D * dot(dyt, tl.trans(wt)), 0.0)
+    tl.store(X + tile, (one * strength[None, :]).to(q.dtype.element_ty))
+    dvt = tl.load(dv + head * V + values, mask=ok[:, None], other=0.0)
+    two = tl.where(i > j, D * dot(dvt, tl.trans(wt)), 0.0)
+    tl.store(E + tile, (-two * strength[None, :]).to(q.dtype.element_ty))
+    Z = tl.zeros([C, C], tl.float32)
+    for n0 in tl.range(0, K, W):
+        full = r[:, None] * (G * K) + n0 + tl.arange(0, W)[None, :]
+        kt = tl.load(k + full, mask=ok[:, None], other=0.0)
+        qt = tl.load(q + full, mask=ok[:, None], other=0.0)
+        Z += one * dot(qt, tl.trans(kt))
+        Z -= two * dot(kt, tl.trans(kt))
     db = tl.sum(Z, 0)
+    put, passing = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     if GATED:       # a gate's gradient is the sum of what passes it; a token's own pair, on the diagonal, does not
         Z = tl.where(i > j, Z, 0.0) * strength[None, :]
         crossing = tl.sum(Z, 1) - tl.sum(Z, 0)
-
-    kept, put = tl.zeros([BK, BV], tl.float32), tl.zeros([C, BK], tl.float32)
-    passing = tl.zeros([C, BK], tl.float32)
-    chunk = (bh.to(tl.int64) * tl.num_programs(0) + c) * K * V
-    for n0 in range(0, K, BK):
-        n = n0 + tl.arange(0, BK)
-        dqt, dkt, dut = (tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32))
-        for m0 in range(0, V, BV):
-            m = values + m0 + tl.arange(0, BV)[None, :]
-            at = chunk + n[:, None] * V + m0 + tl.arange(0, BV)[None, :]
-            S, dS = tl.load(states + at), tl.load(dstates + at)
-            dqt = dot(tl.load(dy + m, mask=ok[:, None], other=0.0), tl.trans(S), dqt)
-            dkt = dot(tl.load(w + m, mask=ok[:, None], other=0.0), tl.trans(dS), dkt)
-            dut = dot(tl.load(dv + m, mask=ok[:, None], other=0.0), tl.trans(S), dut)
-            if GATED:
-                kept += S.to(tl.float32) * dS.to(tl.float32)
-        kt = tl.load(k + keys + n[None, :], mask=ok[:, None], other=0.0)
-        qt = tl.load(q + keys + n[None, :], mask=ok[:, None], other=0.0)
-        dqt = tl.where(since[:, None] < 0, 0.0, dqt * since[:, None])
-        dut = tl.where(since[:, None] < 0, 0.0, -dut * since[:, None])
-        put += kt * dkt
-        dkt *= (until * strength)[:, None]
+        kept = tl.zeros([BK], tl.float32)
+    # Through memory, to be read as they are and transposed: a result in registers is no transposed operand.
+    tl.debug_barrier()
+    Xs, Es = tl.load(X + tile), tl.load(E + tile)
+    for n0 in tl.range(0, K, BK):
+        S, dS = tl.load(states + chunk + n0 * V), tl.load(dstates + chunk + n0 * V)
+        kn = tl.load(k + keys + n0, mask=ok[:, None], other=0.0)
+        qn = tl.load(q + keys + n0, mask=ok[:, None], other=0.0)
+        dqt = tl.where(since[:, None] < 0, 0.0, dot(dyt, tl.trans(S)) * since[:, None])
+        dut = tl.where(since[:, None] < 0, 0.0, -dot(dvt, tl.trans(S)) * since[:, None])
+        dkt = dot(wt, tl.trans(dS))
+        put += tl.sum(kn * dkt, 1)
         if GATED:
-            passing += qt * dqt + kt * dut
-        at = (row * H + h)[:, None] * K + n[None, :]
-        tl.store(dq + at, dot(X, kt, dqt).to(dq.dtype.element_ty), mask=ok[:, None])
-        dkt = dot(Xt, qt, dkt + dut)
-        tl.store(dk + at, dot(E, kt, dkt).to(dk.dtype.element_ty), mask=ok[:, None])
-    put = tl.sum(put, 1) * until
-    tl.store(dbeta + row * H + h, (db + put).to(dbeta.dtype.element_ty), mask=ok)
+            kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+            passing += tl.sum(qn * dqt + kn * dut, 1)
+        dkt *= (until * strength)[:, None]
+        tl.store(dq + outs + n0, dot(Xs, kn, dqt).to(dq.dtype.element_ty), mask=ok[:, None])
+        dkt = dot(tl.trans(Xs), qn, dkt + dut)
+        dkt = dot(Es, kn, dkt)
+        tl.store(dk + outs + n0, dot(tl.trans(Es), kn, dkt).to(dk.dtype.element_ty), mask=ok[:, None])
+    put *= until
+    tl.store(dbeta + head + token, (db + put).to(dbeta.dtype.element_ty), mask=ok)
     if GATED:
-        crossing += tl.sum(passing, 1)
         put = tl.where(r == tl.minimum(C, T - c * C) - 1, 0.0, put * strength)     # the last token passes no gate here
         keep = tl.sum(tl.where(r == C - 1, since, 0.0), 0)
-        passed = tl.cumsum(crossing, 0, reverse=True) + (tl.cumsum(put, 0) - put)
+        passed = tl.cumsum(crossing + passing, 0, reverse=True) + (tl.cumsum(put, 0) - put)
         passed += tl.where(keep < 0, 0.0, tl.sum(kept) * keep)
-        tl.store(dg + row * H + h, passed.to(dg.dtype.element_ty), mask=ok)
+        tl.store(dg + head + token, passed.to(dg.dtype.element_ty), mask=ok)
 
 
 def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
@@ -192,12 +168,13 @@ def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, 
     dq, dk = (q.new_empty(B, T, H, K, dtype=q.dtype if G == H else torch.float32) for _ in range(2))
     dbeta = torch.empty_like(beta)
     dg = beta.new_empty(0) if g is None else torch.empty_like(g)
-    BK, BV, warps, stages, registers = GRADIENTS[max(K, V, 64)][0]
-    # Two trips at least: a loop of one is no loop, and its tiles are all held at once, in hundreds of spills.
-    BK, BV = min(BK, K // 2), min(BV, V // 2)
-    _gradients[NT, B * H](q, k, beta if g is None else g, beta, doc, w, states, dy, dv, dstates, dq, dk, dg,
-                          dbeta, T, H, G, K, V, C, BK, BV, g is not None, even, num_warps=warps,
-                          num_stages=stages if g is None else 1, maxnreg=registers)
+    BK, warps = GRADIENTS[max(K, V, 64)][0]
+    X, E = (torch.empty_like(A) for _ in range(2))
+    # Two trips at least: a loop of one is no loop, and its tiles are all held at once, in hundreds of spills. What is
+    # made of keys alone is cut too: of 256 columns, or many more than values have, ptxas takes addresses amiss.
+    _gradients[NT, B * H](q, k, beta if g is None else g, beta, doc, w, states, dy, dv, dstates, X, E, dq, dk, dg,
+                          dbeta, T, H, G, K, V, C, min(BK, K // 2), min(K, V, 128), g is not None, even,
+                          num_warps=warps, num_stages=1)
     if G < H:
         dq, dk = (z.unflatten(2, (G, -1)).sum(3).to(q.dtype) for z in (dq, dk))
     return dq, dk, dv, dbeta, dg, before[:, :, 0].contiguous() if segments > 1 else before

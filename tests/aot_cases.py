@@ -46,8 +46,8 @@ def step() -> None:
 
 def delta() -> None:
     """16 heads of each size, some with gates and some with an end to fill; one row in segments."""
-    for K, V, T, gated, length in ((64, 64, 4096, False, 99), (128, 128, 4096, True, 16), (128, 256, 4000, False, 99),
-                                   (256, 256, 4000, True, 99)):
+    for K, V, T, gated, length in ((64, 64, 4096, False, 99), (128, 32, 4096, False, 99), (128, 128, 4096, True, 16),
+                                   (128, 256, 4000, True, 99), (256, 256, 4000, False, 99)):
         q, v = torch.empty(1, T, 16, K, dtype=BF16), torch.empty(1, T, 16, V, dtype=BF16)
         beta, doc, S = torch.empty(1, T, 16), torch.empty(1, T, dtype=torch.int32), torch.empty(1, 16, K, V)
         saved = delta_kernels.forward(q, q, v, beta if gated else None, beta, doc, S, True, 64, length)[2:]

@@ -207,7 +207,7 @@ def test_shipped_launches_fit_a_hopper_gpu() -> None:
     assert {x["kernel"] for x in found} == {"_inside", "_across", "_reverse", "_gradients"}
     for x in found:
         assert x["spills"] <= 64, x
-        assert x["shared"] <= (227 if "K=256" in x["constants"] else 113) * 1024, x
+        assert x["shared"] <= (227 if "=256" in x["constants"] else 113) * 1024, x
 
 
 gpu = pytest.mark.gpu
