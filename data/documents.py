@@ -26,24 +26,33 @@ class Part(NamedTuple):
 
 def find(inputs: Sequence[str | Path], but: Path) -> list[Path]:
     """Files in the order they are read: as given, folders sorted; hidden files and the folder `but` are left out."""
+    named: dict[Path, Path] = {}  # by which input
     files: list[Path] = []
     for given in map(Path, inputs):
-        if not given.is_dir():
-            if not given.is_file():
-                raise ValueError(f"{given}: {'neither file nor' if given.exists() else 'no such file or'} folder")
-            files.append(given)
-            continue
-        if but.resolve() in (given.resolve(), *given.resolve().parents):
-            raise ValueError(f"{given} lies in --out {but}, which is not read: name another --out")
-        inside = sorted(path for path in given.rglob("*") if path.is_file())
-        inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(given).parts)]
-        inside = [path for path in inside if but.resolve() not in path.resolve().parents]
-        if not inside:
-            raise ValueError(f"{given}: the folder holds no files")
-        files += inside
+        for file in _files(given, but):
+            if (other := named.setdefault(file.resolve(), given)) is not given:
+                both = "twice" if other == given else f"by {other} and by {given}"
+                raise ValueError(f"{file} is named {both}, and would count double: name it once")
+            files.append(file)
     if not files:
         raise ValueError("no inputs given: name text files, .jsonl or .jsonl.zst files, or folders of them")
     return files
+
+
+def _files(given: Path, but: Path) -> list[Path]:
+    """Those of one input."""
+    if not given.is_dir():
+        if not given.is_file():
+            raise ValueError(f"{given}: {'neither file nor' if given.exists() else 'no such file or'} folder")
+        return [given]
+    if but.resolve() in (given.resolve(), *given.resolve().parents):
+        raise ValueError(f"{given} lies in --out {but}, which is not read: name another --out")
+    inside = sorted(path for path in given.rglob("*") if path.is_file())
+    inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(given).parts)]
+    inside = [path for path in inside if but.resolve() not in path.resolve().parents]
+    if not inside:
+        raise ValueError(f"{given}: the folder holds no files")
+    return inside
 
 
 def chunks(files: Sequence[Path], size: int) -> Iterator[tuple[list[Part], int]]:

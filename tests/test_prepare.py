@@ -208,6 +208,20 @@ def test_a_folder_that_would_be_left_out_whole_is_refused(tmp_path, monkeypatch,
         prepare(["in"], out)
 
 
+def test_an_input_that_is_named_twice_is_refused_and_not_doubled(tmp_path, monkeypatch):
+    jsonl(tmp_path / "in" / "a.jsonl", ["one"])
+    (tmp_path / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path)
+    for inputs, named in (
+        (["in", "in"], "twice"),
+        (["in", "in/a.jsonl"], "by in and by in/a.jsonl"),
+        (["in/a.jsonl", "link"], "by in/a.jsonl and by link"),
+    ):
+        with pytest.raises(ValueError, match=rf"/a\.jsonl is named {named}, and would count double: name it once$"):
+            prepare(inputs, "out")
+    assert not Path("out").exists()
+
+
 def test_a_full_disk_is_told_with_the_file_that_it_could_not_hold(tmp_path, monkeypatch, capsys):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
