@@ -231,7 +231,8 @@ class Trainer:
         if cursors:
             whole = data.merge([cursors[d * mesh.tp] for d in range(mesh.dp)])
         meta = {"config": config.dump(self.run), "manifest": self.loader.manifest_hash, "step": self.at,
-                "tokens": self.tokens, "cursor": whole}
+                "tokens": self.tokens, "cursor": whole,
+                "tokenizer": {"name": self.tokenizer.name, "hash": "x"}}
         self.store.save(self.at, self.optimizer.state(), meta, shapes=self.optimizer.shapes())
 
     def evaluate(self) -> float:
@@ -257,7 +258,7 @@ class Trainer:
                   "grad_norm": float(r.norm), "tokens_per_s": speed,
                   "mfu": speed * self.flops / self.peak if self.peak else None,
                   "memory_gib": hardware.memory(self.device), "data_wait": waited / took,
-                  "load": [float(x.max() / x.mean().clamp_min(1e-9)) for x in r.load],
+                  "load": self.optimizer.crowds(r.load),
                   "entropy": r.entropy.tolist(), "balance": r.balance.tolist(), "skipped": int(r.skipped)}
         if evaluate:
             record["eval_loss"] = self.evaluate()

@@ -22,7 +22,7 @@ class Report(NamedTuple):
     nll: Tensor           # ()
     count: Tensor         # () targets of the global batch
     norm: Tensor          # () of the gradient of the mean loss, before clipping
-    load: Tensor          # (M, E) tokens each expert of each MoE layer got
+    load: Tensor          # (M, E) tokens each expert of each MoE layer got; E is the most that a layer has
     entropy: Tensor       # (M,) mean entropy of each router's distribution, nats
     balance: Tensor       # (M,) mean balance loss
     skipped: Tensor       # () steps skipped so far
@@ -59,10 +59,11 @@ class Optimizer:
         self.moe = {int(name): b.channel for decoder in parts.decoders
                     for name, b in zip(decoder.blocks, blocks(decoder), strict=True) if isinstance(b.channel, MoE)}
         # Pieces that several ranks hold count once in the global norm.
-        self.once = torch.tensor([1 / parts.copies(name) for name in self.params], device=parts.mesh.device)
+        self.once = torch.tensor([1 / parts.copies(name) for name in self.params], dtype=torch.float64,
+                                 device=parts.mesh.device)
         kinds = parts.decoders[0].cfg.kinds()
         self.routed = [i for i, b in enumerate(kinds) if b.channel.kind == "moe"]
-        self.experts = max((kinds[i].channel.experts for i in self.routed), default=0)
+        self.experts: list[int] = [kinds[i].channel.experts for i in self.routed]
         self.top_k = torch.tensor([float(kinds[i].channel.top_k) for i in self.routed], device=parts.mesh.device)
 
     @torch.no_grad()
@@ -115,7 +116,7 @@ class Optimizer:
             assert p.grad is not None, name
             grads.append(local(p.grad))
         squares = torch.stack(_norms(grads, mesh)).square()
-        M, E = len(self.routed), self.experts
+        M, E = len(self.routed), max(self.experts, default=0)
         kind = squares.dtype
         layers = torch.zeros(M, E + 2, dtype=kind, device=mesh.device)
         for layer, s in zip(self.moe, result.stats, strict=True):
@@ -131,6 +132,10 @@ class Optimizer:
         tokens = (layers[:, :E].sum(1) / self.top_k).clamp_min(1.0)
         return Report(loss / count, nll / count, count, square.sqrt() / count, layers[:, :E], layers[:, E] / tokens,
                       layers[:, E + 1] / tokens, self.skipped, self.streak)
+
+    def crowds(self, load: Tensor) -> list[float]:
+        """By how much the fullest expert of each MoE layer exceeds the mean. load: a report's, on the host."""
+        return [float(x.max() / x[:n].mean().clamp_min(1e-9)) for x, n in zip(load, self.experts, strict=True)]
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds of model and optimizer, labelled; sharing memory, so that loading fills it."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ import torch
 
 from stepladder.launch import config
 from stepladder.launch.train import lr_at
+from stepladder.model.config import BlockConfig
 from stepladder.parallel.build import Parts, build
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.optimizer import Optimizer
@@ -63,6 +65,21 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     assert changed == {"optimizer/skipped", "optimizer/streak"}
     report = optimizer.step(p.pipe([tiny.micro(2, 16)]), 1e-2)
     assert (float(report.skipped), float(report.streak), float(optimizer.steps)) == (1, 0, 2)
+
+
+def test_a_piece_that_three_ranks_hold_counts_once_to_the_last_digit() -> None:
+    """A third of it each, which fp32 does not know."""
+    one, three = parts(), parts()
+    three.copies = lambda name: 3  # pyright: ignore[reportAttributeAccessIssue]
+    whole, third = (Optimizer(p).step(p.pipe([tiny.micro(2, 16)]), 1e-2).norm for p in (one, three))
+    assert float(third) * 3**0.5 == pytest.approx(float(whole), rel=1e-12)
+
+
+def test_crowds_are_of_the_experts_that_a_layer_has() -> None:
+    few, many = (BlockConfig(tiny.TOKENS["gla0"], replace(tiny.CHANNELS["moe0"], experts=n), (0, 0)) for n in (2, 4))
+    cfg = replace(tiny.config(layers=2), blocks={"few": few, "many": many}, pattern=("few", "many"))
+    optimizer = Optimizer(build(cfg, Mesh(Parallel(), torch.device("cpu")), seed=1))
+    assert optimizer.crowds(torch.tensor([[3.0, 1, 0, 0], [1, 1, 4, 2]])) == [1.5, 2.0]
 
 
 @pytest.mark.parametrize(("schedule", "want"), [
