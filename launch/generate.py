@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     path = find(Path(args.run))
     about = meta(path)
     made = config.parse(tomllib.loads(about["config"]))
-    words = tokenizer.load(args.tokenizer) if args.tokenizer else _tokenizer(path, made.data)
+    words = _words(args.tokenizer, path, about, made.data)
     prompts = [words.encode(text).tolist() for text in texts]
     check(made.model, prompts, args.tokens)
     decoder = restore(path, made.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -232,6 +233,17 @@ def _prompts(given: Sequence[str], file: str | None) -> list[str]:
     except UnicodeError as error:
         raise ValueError(f"the prompts are not UTF-8 text ({error}); convert them") from None
     return texts
+
+
+def _words(given: str | None, checkpoint: Path, about: dict[str, Any], data: config.Data) -> Tokenizer:
+    """The tokenizer given or found; ValueError if the model was trained with another: it would speak noise."""
+    words = tokenizer.load(given) if given else _tokenizer(checkpoint, data)
+    if (trained := about.get("tokenizer")) and trained["hash"] != words.hash:
+        what, way = (f"--tokenizer {given}", "drop the flag") if given else \
+            ("the tokenizer found for it", "give that with --tokenizer")
+        raise ValueError(f"{checkpoint} was trained with the tokenizer {trained['name']} {trained['hash'][:12]}, and "
+                         f"{what} is {words.name} {words.hash[:12]}; {way}")
+    return words
 
 
 def _tokenizer(checkpoint: Path, data: config.Data) -> Tokenizer:

@@ -232,7 +232,7 @@ class Trainer:
             whole = data.merge([cursors[d * mesh.tp] for d in range(mesh.dp)])
         meta = {"config": config.dump(self.run), "manifest": self.loader.manifest_hash, "step": self.at,
                 "tokens": self.tokens, "cursor": whole,
-                "tokenizer": {"name": self.tokenizer.name, "hash": "x"}}
+                "tokenizer": {"name": self.tokenizer.name, "hash": self.tokenizer.hash}}
         self.store.save(self.at, self.optimizer.state(), meta, shapes=self.optimizer.shapes())
 
     def evaluate(self) -> float:

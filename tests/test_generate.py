@@ -216,6 +216,12 @@ lr = 1e-3
 """
 
 
+WORDS = """{"version": "1.0", "added_tokens": [{"id": 0, "content": "<|endoftext|>", "single_word": false,
+ "lstrip": false, "rstrip": false, "normalized": false, "special": true}], "normalizer": null, "pre_tokenizer": null,
+ "post_processor": null, "decoder": null,
+ "model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1}, "merges": []}}"""
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
@@ -259,11 +265,29 @@ def test_several_prompts_are_printed_one_after_the_other(trained, capsys):
     assert out == "".join(f"--- prompt {i}\n{text}\n" for i, text in enumerate(alone, 1))
 
 
-def test_a_checkpoint_folder_and_another_tokenizer_may_be_given(trained, capsys):
+def test_a_checkpoint_folder_and_its_tokenizer_may_be_given(trained, capsys):
     flags = ("--prompt", "ab", "--tokens", 62)              # exactly max_length
     code, shown, _ = generate(capsys, trained, *flags)
     assert code == 0
     assert generate(capsys, find(trained), *flags, "--tokenizer", "bytes")[1] == shown
+
+
+def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(tmp_path, trained, capsys):
+    other = Tokenizer(WORDS)
+    other.save(tmp_path)
+    flags, copy = ("--prompt", "a", "--tokens", 9), trained / "tokenizer.json"
+    words, trained_with = copy.read_bytes(), f"tokenizer bytes {Tokenizer().hash[:12]}, and"
+    code, out, err = generate(capsys, trained, *flags, "--tokenizer", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"{trained_with} --tokenizer {tmp_path} is bpe-2 {other.hash[:12]}; drop the flag\n")
+    other.save(trained)
+    try:
+        code, out, err = generate(capsys, trained, *flags)
+        assert (code, out) == (2, "")
+        assert err.endswith(f"{trained_with} the tokenizer found for it is bpe-2 {other.hash[:12]}; "
+                            "give that with --tokenizer\n")
+    finally:
+        copy.write_bytes(words)
 
 
 def test_weights_are_those_of_the_checkpoint_and_routers_stay_fp32(trained):
