@@ -173,12 +173,13 @@ def segment(v: Tensor, K: int, gated: bool, chunk: int) -> int:
     """Chunks of a row that one program walks: all of them, where tiles of states alone keep the GPU busy.
 
     What a segment does to the state before it costs as much as its outputs, unless gates let it forget that state.
+    Of cut rows there are no more programs than run at once, two on a processor: a second round would be nearly empty.
     """
     B, T, H, V = v.shape
     NT, tiles = cdiv(T, chunk), B * H * V // fit(ACROSS, K, V)[0]
     if tiles >= processors(v) // (1 if gated else 2):
         return NT
-    return max(8, cdiv(NT * tiles, 2 * processors(v)))
+    return max(8, cdiv(NT, 2 * processors(v) // tiles))
 
 
 class Forward(NamedTuple):
