@@ -15,7 +15,7 @@ from stepladder.model.context import Context
 from stepladder.model.leaf import Leaf, constant, declared, normal
 from stepladder.model.mixer import ChannelMixer, Plan, TokenMixer
 from stepladder.model.registry import CHANNEL, TOKEN, find
-from stepladder.model.residual import Comm, OneRank, Stream
+from stepladder.model.residual import Comm, OneRank, Stream, apart
 from stepladder.ops.linear import linear
 from stepladder.ops.loss import cross_entropy
 from stepladder.ops.norm import rms_norm
@@ -33,7 +33,15 @@ class Norm(Leaf):
     def forward(self, h: Tensor, *arrived: Tensor) -> tuple[Tensor, Tensor]:
         """Adds to the stream what has arrived and norms it: (h, x). One pass over memory when compiled."""
         h = sum(arrived, h)
-        return h, rms_norm(h, self.scale)
+        kept, h = (h, h) if torch.compiler.is_compiling() else apart(h)       # compiled, gradients meet in one pass too
+        return kept, rms_norm(h, self.scale)
+
+    def read(self, h: Tensor, arrived: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """(h, x), whether something has arrived or not."""
+        if arrived:
+            return self(h, *arrived)
+        kept, h = apart(h)            # before what is compiled: that would return h itself, for autograd to add up
+        return kept, self(h)[1]
 
 
 class Block(nn.Module):
@@ -63,7 +71,7 @@ class Block(nn.Module):
         return s.write(self.channel_comm.leave(self.channel.deliver(z, plan), also=y if joint else None))
 
     def mix(self, h: Tensor, arrived: tuple[Tensor, ...], ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
-        h, x = self.norm1(h, *arrived)
+        h, x = self.norm1.read(h, arrived)
         x = self.token_comm.enter(x)
         if state is None:
             return h, self.token_comm.work(self.token, x, ctx)
@@ -71,7 +79,7 @@ class Block(nn.Module):
 
     def feed(self, h: Tensor, arrived: tuple[Tensor, ...], route: tuple[Tensor, ...],
              foreseen: Any) -> tuple[Tensor, Any, Plan]:
-        h, x = self.norm2(h, *arrived)
+        h, x = self.norm2.read(h, arrived)
         x = self.channel_comm.enter(x)
         plan = self.channel.plan(x, route, foreseen)
         return h, self.channel_comm.work(self.channel, x, plan.way), plan

@@ -10,7 +10,26 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return h.view_as(h), h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor | None, other: Tensor | None) -> Tensor | None:  # pyright: ignore
+        return other if one is None else one if other is None else one + other
+
+
+def apart(h: Tensor) -> tuple[Tensor, Tensor]:
+    """h for two readers. Their gradients are added in new memory: autograd adds the second to the first where nobody
+    else has that one any more, on the host. The mixer whose output arrived in h has it, too, and on another lane still
+    reads it when the host is done with it."""
+    return _Apart.apply(h) if torch.is_grad_enabled() else (h, h)  # pyright: ignore[reportReturnType]
 
 
 class Pending(Protocol):

@@ -10,7 +10,8 @@ reuse      its stream gets memory back that another may still read: the allocato
 
 Modelled: streams and events; collectives, which run beside the stream that starts them until wait() and hold what they
 are given until then; the allocator, with a pool for each stream; autograd, which runs a node on the stream of its
-forward, has it wait for those that made its gradients, and does neither for the tensors that were saved.
+forward, has it wait for those that made its gradients, and does neither for the tensors that were saved; that it adds
+up gradients in place of the first, which it does where nobody else has that any more, here always.
 Not modelled: what the host reads, collectives by copy engines, graphs, FSDP, several devices. Which memory is given
 away is not known: the worst is taken, that a stream's next operation gets it.
 """
@@ -139,7 +140,7 @@ class Model(TorchDispatchMode):
         self._collect()
         event = self.current, self.current.tick(), f"{func} on {self.current.name}{self._where()}"
         for i, x in enumerate(given if func._schema.name.removeprefix("aten::") not in UNREAD else ()):
-            self._touch(x, event, writes and i == 0)
+            self._touch(_key(x), event, writes and i == 0)
         for x in new:
             self._born(x, event)
         return out
@@ -151,7 +152,7 @@ class Model(TorchDispatchMode):
         self.lanes.pop()
         wire = Lane(f"{start.__name__}{self._where()}", self.current.clock)
         for i, x in enumerate(_tensors(args)):
-            self._touch(x, (wire, 1, wire.name), i == 0)
+            self._touch(_key(x), (wire, 1, wire.name), i == 0)
         wire.tick()
 
         def wait(held: Any = args) -> None:
@@ -159,8 +160,8 @@ class Model(TorchDispatchMode):
             work.wait()                        # gloo's reduce-scatter copies here
         return SimpleNamespace(wait=wait) if async_op else wait()
 
-    def _touch(self, x: Tensor, event: tuple[Lane, int, str], writes: bool) -> None:
-        memory, (lane, now, what) = self.memory.get(_key(x)), event
+    def _touch(self, key: int, event: tuple[Lane, int, str], writes: bool) -> None:
+        memory, (lane, now, what) = self.memory.get(key), event
         if memory is None:
             return                                                        # older than the model
         writer, then, wrote = memory.written
@@ -173,7 +174,7 @@ class Model(TorchDispatchMode):
             memory.written = event
         memory.reads[lane] = now, what
         if lane is not memory.owner:
-            self.shared.add(_key(x))
+            self.shared.add(key)
 
     def _born(self, x: Tensor, event: tuple[Lane, int, str]) -> None:
         lane, _, what = event
@@ -203,6 +204,7 @@ class Model(TorchDispatchMode):
 
     def backward(self, loss: Tensor) -> None:
         pending: dict[Any, Lane] = {}                       # what a node will have waited for before it begins
+        self.first: dict[tuple[Any, int], int] = {}         # memory of the first gradient of a node's output
         leaves, todo, seen = Lane("leaves"), [loss.grad_fn], set[Any]()
         while todo:
             node: Any = todo.pop()
@@ -219,10 +221,15 @@ class Model(TorchDispatchMode):
         self.current.wait_stream(leaves)
         self.lowered.clear()
 
-    def _begin(self, node: Any, pending: dict[Any, Lane], gradients: Sequence[Tensor | None]) -> None:
+    def _lane(self, node: Any) -> Lane:
         made = bisect_right(self.moves, node._sequence_nr(), key=lambda move: move[0])
-        lane = self.lowered.get(node) or self.moves[made - 1][1]
+        return self.lowered.get(node) or self.moves[made - 1][1]
+
+    def _begin(self, node: Any, pending: dict[Any, Lane], gradients: Sequence[Tensor | None]) -> None:
+        lane = self._lane(node)
         lane.wait_stream(pending[node])
+        for i in range(len(gradients)):
+            self.first.pop((node, i), None)
         self.lanes.append(lane)
         self.node = node.name()
         for g in _tensors(gradients):
@@ -230,11 +237,23 @@ class Model(TorchDispatchMode):
                 self._born(g, (lane, lane.tick(), f"{self.node} on {lane.name}"))
             self._told(g, lane)
 
-    def _end(self, node: Any, pending: dict[Any, Lane], leaves: Lane, *_: Any) -> None:
+    def _end(self, node: Any, pending: dict[Any, Lane], leaves: Lane, gradients: Sequence[Tensor | None],
+             _: Any) -> None:
         lane, self.node = self.current, ""
         self.lanes.pop()
-        for m, _ in node.next_functions:
+        for (m, i), g in zip(node.next_functions, gradients, strict=True):
             pending.get(m, leaves).wait_stream(lane)
+            if m in pending and g is not None and (first := self.first.setdefault((m, i), _key(g))) != _key(g):
+                self._added(first, m, pending[m])
+
+    def _added(self, first: int, node: Any, makers: Lane) -> None:
+        """Autograd adds a gradient to the first one, in place, as it does where nobody else has that any more."""
+        lane = self._lane(node)
+        adds = Lane(lane.name, lane.clock | {lane: sys.maxsize})
+        adds.wait_stream(makers)
+        for reader, (time, read) in self.memory[first].reads.items() if first in self.memory else ():
+            if not adds.knows(reader, time):
+                self.found[f"overwrite: the sum of gradients for {node.name()} does not wait for {read}"] = None
 
 
 def _key(x: Tensor) -> int:

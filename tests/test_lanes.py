@@ -6,7 +6,6 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from itertools import combinations, product
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,14 +15,13 @@ import ranks
 import tiny
 import torch
 
+from stepladder.model.decoder import Norm
 from stepladder.model.residual import Stream
-from stepladder.parallel import pipeline
 from stepladder.parallel.build import build
-from stepladder.parallel.copies import Copies
 from stepladder.parallel.flight import Carried, Lanes, _Flight
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
-from stepladder.parallel.tensor import OwnTokens, Ranks
+from stepladder.parallel.tensor import OwnTokens
 
 CPU = torch.device("cpu")
 LAYOUTS = {"tp": Parallel(tp=2, shard=False), "sp": Parallel(tp=2, sequence=True, shard=False),
@@ -41,6 +39,8 @@ class Case(NamedTuple):
 
 RECOMPUTED = Case("ep", "moe1", "ladder", "recompute")
 EVALUATED = Case("sp", "moe1", "parallel", "evaluation")
+LADDER = Case("tp", "swiglu0", "ladder", "training")
+PARALLEL = Case("tp", "swiglu0", "parallel", "training")
 
 
 class Change(NamedTuple):
@@ -107,6 +107,8 @@ CHANGES = [
     (EVALUATED, Change(Lanes, "front", "self.main.wait_stream(self.side)"), "order"),
     (EVALUATED, Change(Lanes, "front", "_used_by(self.main, needs)"), "reuse"),
     (RECOMPUTED, Change(Lanes, "again", "torch.cuda.stream(self.side)", "contextlib.nullcontext()"), "order"),
+    (LADDER, Change(Norm, "forward", "else apart(h)", "else (h, h)"), "overwrite"),
+    (PARALLEL, Change(Norm, "read", "apart(h)", "(h, h)"), "overwrite"),
     (EVALUATED, Change(_Flight, "land", "work.wait()"), "order"),
     (EVALUATED, Change(_Flight, "land", "(source, y)", "(y,)"), "reuse"),
     (EVALUATED, Change(_Flight, "land", "(source, y)", "(source,)"), "reuse"),
@@ -126,47 +128,6 @@ def test_the_pass_after_a_recorded_one_is_on_its_own_front_lane() -> None:
     right, wrong = ranks.run(2, faults, [(case, None), (case, stays)], "the recording's")[0]
     assert not right
     assert wrong[0].startswith("order: aten.clone.default on the recording's")
-
-
-class Met(Copies):
-    """Counts the meetings of what others carry."""
-
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.device, self.stream, self.meetings = ranks, CPU, lanes.Lane("copies"), 0  # pyright: ignore
-        self.handles = [SimpleNamespace(barrier=lambda: None)] * 2  # pyright: ignore[reportAttributeAccessIssue]
-
-    def __getattribute__(self, name: str) -> Any:
-        if name not in (calls := {"gather": 1, "scatter": 1, "add_up": 2}):
-            return super().__getattribute__(name)
-        self.meetings += calls[name]
-
-        def carry(x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            plain = Ranks(self.ranks.lanes, self.ranks.groups[0])
-            started = getattr(plain, name)(x.transpose(0, 1).flatten(1, 2) if name == "scatter" else x)
-            return started.y, started.work
-        return carry
-
-
-def meetings(rank: int, n: int, wiring: str, settles: bool) -> list[list[int]]:
-    """After each pass, on the front lane and beside."""
-    parts = build(tiny.config("attention0", "swiglu0", wiring, layers=2), Mesh(LAYOUTS["sp"], CPU, rank, n), seed=0)
-    comm, model, out = parts.decoder.embed_comm, lanes.Model(), []
-    pipeline.Captured = lambda *_: None
-    parts.pipe.capture()
-    if not settles:
-        parts.pipe.settle = lambda: None
-    parts.pipe.backward = model.backward
-    comm.lanes.side, comm.ranks.copies = lanes.Lane("side"), [Met(comm.ranks), Met(comm.ranks)]
-    with model.running():
-        for seed, train in ((0, True), (1, True), (2, False), (3, True)):
-            parts.pipe([tiny.micro(2, 16, seed)], train=train)
-            out.append([copies.meetings for copies in comm.ranks.copies])
-    return out
-
-
-def test_ranks_meet_an_even_number_of_times_in_a_pass_that_others_may_be_recorded_beside() -> None:
-    assert ranks.run(2, meetings, "standard", False)[0][0] == [13, 7]
-    assert all(not n % 2 for met in ranks.run(2, meetings, "standard", True)[0] for n in met)
 
 
 def carried(here: Lanes, _: lanes.Model) -> None:
