@@ -26,7 +26,6 @@ from stepladder.ops.linear import Put, catch_up, put_off
 from stepladder.ops.loss import IGNORE
 from stepladder.parallel.graph import Captured
 from stepladder.parallel.mesh import Mesh
-from stepladder.parallel.tensor import TensorComm
 from stepladder.parallel.watch import watch
 
 Schedule = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
@@ -175,7 +174,6 @@ class Pipe:
         self.forward: Callable[..., tuple[Tensor, ...]] = self.stages[0]
         self.backward: Callable[[Tensor], Any] = Tensor.backward
         self.at_close: Callable[[], None] = lambda: None
-        self.settle: Callable[[], None] = lambda: None         # after each pass, where some are recorded
 
     def __call__(self, micros: Sequence[Micro], train: bool = True) -> Result:
         """Forward, and backward if `train`. Gradients are left unreduced but for FSDP's own."""
@@ -206,7 +204,6 @@ class Pipe:
         (loss,) = self.forward(m.tokens, targets=m.targets, start=m.start, borders=m.borders)
         if train:
             self.backward(loss.sum())
-        self.settle()
         return loss.detach().sum()
 
     def close(self) -> None:
@@ -220,9 +217,6 @@ class Pipe:
             loss = self._one(inputs, train=True)
             nll, stats = self.stages[0].passes.pop()
             return loss, nll, *chain.from_iterable(stats)
-        comm = self.stages[0].decoder.embed_comm
-        if isinstance(comm, TensorComm) and comm.ranks is not None:
-            self.settle = comm.ranks.settle
         params = [p for p in self.stages[0].parameters() if p.requires_grad]
         self.captured = Captured(run, params, self.mesh.device)
 

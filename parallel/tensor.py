@@ -67,11 +67,6 @@ class Ranks:
         y = y.clone(memory_format=torch.contiguous_format)       # gradients may be shared: never write them in place
         return Started(y, self._track(dist.all_reduce(y, group=self.group(), async_op=True), "all-reduce"))
 
-    def settle(self) -> None:
-        """After a pass, where some are recorded."""
-        for copies in self.copies or ():
-            copies.even()
-
     def own(self, x: Tensor) -> Started:
         """This rank's tokens of x (B, T, D)."""
         return Started(x.chunk(self.n, 1)[self.rank].contiguous())

@@ -9,6 +9,7 @@ from stepladder.kernels import delta_backward as delta_backward_kernels
 from stepladder.kernels import gla as gla_kernels
 from stepladder.kernels import gla_backward as gla_backward_kernels
 from stepladder.kernels import norm as norm_kernels
+from stepladder.kernels import parts as parts_kernels
 from stepladder.kernels import scan as scan_kernels
 from stepladder.kernels import ssd as ssd_kernels
 from stepladder.kernels import step as step_kernels
@@ -32,6 +33,13 @@ def norm() -> None:
         scale = torch.empty(128)
         norm_kernels.forward(y, scale, gate, 1e-6)
         norm_kernels.backward(y, scale, gate, 1e-6, gate)
+
+
+def parts() -> None:
+    """Four ranks' of 8 MiB, and eight ranks' in fp32."""
+    for n, dtype in ((4, BF16), (8, torch.float32)):
+        here, *others = torch.empty(n, 4096, dtype=dtype)
+        parts_kernels.add((here, *others), (torch.empty_like(here),) * 2)
 
 
 def step() -> None:

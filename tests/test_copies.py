@@ -38,10 +38,9 @@ def compared(rank: int, n: int, rendezvous: str) -> None:
         got, done = copies.add_up(y)
         done.wait()
         got = got + 0
-        gathered, done = copies.gather(y)                 # a third meeting
+        gathered, done = copies.gather(y)
         done.wait()
         gathered = gathered + 0
-        copies.even()
     for _ in range(20):
         y.normal_()
         graph.replay()

@@ -78,8 +78,6 @@ class Pass:
 
         def backward(h: torch.Tensor) -> None:
             h.backward(grad)
-            if comm.ranks is not None:
-                comm.ranks.settle()
 
         def both() -> None:
             decoder.zero_grad()
