@@ -159,7 +159,8 @@ class Trainer:
         self._tell(f"{self.mesh!r}, told by {self.world.launcher}")
         if warning := world.slow_link(self.run, self.world, self.flops, self.peak / self.world.size):
             self._tell(warning)
-        self._tell(f"{self.plan}")
+        left = self.run.train.steps - self.at                # steps before a resume may have had other batches
+        self._tell(f"{self.plan._replace(tokens=self.tokens + left * self.run.data.batch_tokens)}")
         if self.mesh.pp > 1:
             self._tell(spans.spell(self.run.model, self.run.parallel, self.run.data.seq))
         self._tell(f"{total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them for each token, "

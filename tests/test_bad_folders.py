@@ -158,7 +158,11 @@ def test_what_a_resume_changes_of_a_run_is_said_and_kept(trained, train):
     assert ("changed since step 2: data.batch_tokens 256 -> 512, train.steps 2 -> 3, train.dtype fp32 -> bf16, "
             "train.clip 1.0 -> 0.5, optimizer.lr 0.001 -> 0.0001\n") in out
     assert events.read(FOLDER)[-2]["changed"]["train.dtype"] == ["fp32", "bf16"]
-    assert "changed since step 3: data.batch_tokens 512 -> 256, " in train("train.steps=4")
+    assert " 1,024 tokens in all" in out
+    out = train("train.steps=4")
+    assert "changed since step 3: data.batch_tokens 512 -> 256, " in out
+    assert " 1,280 tokens in all" in out
+    assert "step 4 of 4, 1,280 tokens" in out
     assert "changed" not in train("train.steps=4")
     assert "changed" not in events.read(FOLDER)[-2]
 
