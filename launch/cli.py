@@ -11,6 +11,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from stepladder.launch.events import refusals
+
 ABOUT = """\
 Pretrain decoders that mix attention, recurrence and experts, over many GPUs; resume exactly; sample.
 
@@ -70,6 +72,7 @@ EXAMPLES = {
 
 
 RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")    # of torchrun, two kinds of mpiexec, and srun
+REFUSED = "STEPLADDER_REFUSED"           # by this file a job's script learns that a start would be refused again
 NODES = 65_536                           # more than any cluster has
 
 
@@ -80,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     os.umask(os.umask(0o022) | 0o002)      # nothing that a command writes is the whole world's to change
     try:
-        args = parse(argv)
+        with refusals(os.environ.get(REFUSED)):
+            args = parse(argv)
         return args.program(args) or 0
     except KeyboardInterrupt:
         return 130
@@ -158,7 +162,8 @@ def _train_program(args: argparse.Namespace) -> int | None:
     args.parent = os.getppid()
     held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     try:
-        return _program("train")(args)
+        with refusals(os.environ.get(REFUSED)):
+            return _program("train")(args)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +132,21 @@ class Events:
 
 
 @contextlib.contextmanager
-def refusals(word: Callable[[], Path | None]) -> Iterator[None]:
-    """Leave the file `word()`, for the script of a job, when what is raised within would be raised again."""
+def refusals(file: str | None) -> Iterator[None]:
+    """Leave `file`, for the script of a job that named it, when what is raised within would be raised again."""
     try:
         yield
     except BaseException as error:
-        if (file := word()) and not _passing(error):
+        if file and not _passing(error):
             with contextlib.suppress(OSError):
-                file.touch()
+                Path(file).touch()
         raise
 
 
 def _passing(error: BaseException) -> bool:
     """Whether another start may mend it."""
+    if isinstance(error, SystemExit):                 # of flags that argparse does not know
+        return not error.code
     ours = isinstance(error, ValueError) or type(error).__module__.startswith("stepladder.")
     return not ours or getattr(error, "passing", False)
 

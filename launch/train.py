@@ -19,7 +19,7 @@ from stepladder.data import loader as data
 from stepladder.data.fetch import Limits
 from stepladder.data.manifest import Manifest
 from stepladder.launch import agree, config, hardware, rules, timeline, world
-from stepladder.launch.events import Events, refusals
+from stepladder.launch.events import Events
 from stepladder.launch.late import Clock, Late
 from stepladder.launch.log import Log, put, say
 from stepladder.launch.stop import Stop
@@ -298,7 +298,6 @@ def _numerics(plan: config.Derived, dtype: str) -> None:
         torch.set_float32_matmul_precision("high")                      # what stays fp32 there is small, or a state
 
 
-@refusals(world.refusal)
 def run(args: argparse.Namespace) -> int:
     """The program: `stepladder train`."""
     w = world.find()

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib import import_module
 from ipaddress import ip_address
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -136,11 +135,6 @@ def find() -> World:
     if dist.is_initialized():          # a test has made the group already
         return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), "given")
     return told(os.environ)
-
-
-def refusal() -> Path | None:
-    """The file by which a job's script learns that a start would be refused again, if there is such a script."""
-    return Path(os.environ["STEPLADDER_REFUSED"]) if os.environ.get("STEPLADDER_REFUSED") else None
 
 
 def told(env: Mapping[str, str]) -> World:

@@ -214,13 +214,19 @@ def test_what_another_rank_says_before_rank_0_has_come_so_far_holds(tmp_path: Pa
 def test_the_script_of_a_job_learns_of_a_start_that_would_be_refused_again(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("STEPLADDER_REFUSED", str(told := tmp_path / "refused"))
     for error in (LostRank("rank 0 lost the others"), InUse("another program writes there")):   # or did
-        with pytest.raises(type(error)), events.refusals(world.refusal):
+        with pytest.raises(type(error)), events.refusals(str(told)):
             raise error
         assert not told.exists()
     (tmp_path / "run.toml").write_text("[model]\nwitdh = 64\n")
     assert train(tmp_path / "run.toml", tmp_path / "run") == 2
     assert told.exists()
     assert not (tmp_path / "run").exists()
+    told.unlink()
+    for flags, code in (["--help"], 0), (["run.toml", "--fodler", "run"], 2), (["run.toml", "--steps-now=0"], 2):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train", *flags])
+        assert (ended.value.code, told.exists()) == (code, code != 0)
+        told.unlink(missing_ok=True)
 
 
 def test_a_full_disk_costs_no_more_than_the_line(tmp_path: Path):

@@ -35,7 +35,7 @@ DOORS = {           # package -> where it enters
 }
 ENVIRONMENT = {     # file -> why it may touch os.environ
     "launch/world.py": "the one reader",
-    "launch/cli.py": "names the rank in an error without importing torch",
+    "launch/cli.py": "names the rank in an error, and leaves word of a refusal, without importing torch",
     "launch/train.py": "sets cuBLAS's workspace; reads nothing",
     "launch/demo.py": "hands it on to the programs it starts",
 }
