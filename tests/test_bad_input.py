@@ -3,7 +3,7 @@
 Every kind of it is here, but for run folders and their checkpoints, in test_bad_folders.py, and prompts that are empty,
 too long or not text, and runs that cannot be sampled: those are in test_generate.py. Bad arguments are in test_cli.py,
 bad text to prepare in test_prepare.py. Finer cases, one layer down, are in test_config.py, test_loader.py,
-test_shards.py and test_checkpoint_store.py.
+test_shards.py and test_checkpoint_contents.py.
 """
 # ruff: noqa: F811  fixtures are imported
 from __future__ import annotations

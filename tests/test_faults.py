@@ -13,8 +13,8 @@ Where each lives, of those that are not in this file:
 | a rank that sleeps or dies, and who is named | test_watch.py |
 | a launcher that is killed | test_torchrun_goes_on_with_the_machines_that_are_left_and_the_same_batch, test_stop.py |
 | a file that may not grow, in a save | test_bad_folders.py: test_a_full_disk_costs_a_checkpoint_and_not_the_run |
-| a full disk of a cache | test_streaming.py: test_a_full_disk_and_a_cache_that_is_gone_cost_the_cache_only |
-| an unshared run folder | test_checkpoint_store.py: test_a_run_folder_that_is_not_shared_is_a_failed_save |
+| a full disk of a cache | test_cache.py: test_a_full_disk_and_a_cache_that_is_gone_cost_the_cache_only |
+| an unshared run folder | test_checkpoint_contents.py: test_a_run_folder_that_is_not_shared_is_a_failed_save |
 | checkpoints damaged in other ways | test_checkpoint_store.py: test_a_damaged_checkpoint_is_passed_over_and_named |
 | USR1, TERM: to one rank, to all, and Slurm's ways of sending them | test_events.py, test_stop.py, test_slurm.py |
 | a node check cut off | test_slurm.py: test_a_check_that_says_nothing_or_is_cut_off_finds_no_node_unfit |
