@@ -251,7 +251,7 @@ def _generate(p: argparse.ArgumentParser) -> None:
                    help="choose among the likeliest that sum to P (default: 1)")
     p.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same text (default: 0)")
     p.add_argument("--tokenizer", metavar="FILE",
-                   help="tokenizers JSON, prepared folder or bytes (default: the one beside the run's shards)")
+                   help="the model's, where it is not found: tokenizers JSON, prepared folder or bytes")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
 
 
