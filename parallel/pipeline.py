@@ -1,8 +1,8 @@
 """Stages of the decoder as pipeline schedules want them, tensors in and out, and the pass over micro-batches."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +29,7 @@ from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.watch import watch
 
 Schedule = Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble
+META = torch.device("meta")
 SCHEDULES = {"interleaved": ScheduleInterleaved1F1B, "zero-bubble": ScheduleZBVZeroBubble}
 
 
@@ -107,16 +108,38 @@ class Clock(Protocol):
 
 
 class _Timed(PipelineStage):
-    """torch's stage, which tells the pipe's clock, if it has one, of each of its pieces of work."""
+    """torch's stage. It tells the pipe's clock, if it has one, of each of its pieces of work, and has memory for what
+    comes of micro-batches under way alone: torch's has it for all of a step's, for good."""
     pipe: Pipe
 
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._on(META):
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._on(META):
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[None]:
+        ours, self.device = self.device, device
+        yield
+        self.device = ours
+
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        return self._tell("F", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
+        out = self._tell("F", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
+        if not torch.is_grad_enabled():                    # no backward will ask for what came in, or stays here
+            mesh, (sent, _) = self.pipe.mesh, self.fwd_cache[fwd_chunk_id]
+            self.fwd_cache[fwd_chunk_id] = () if self.stage_index + 1 in mesh.layout.held(mesh.pp_rank) else sent, []
+            _move(self.args_recv_info[fwd_chunk_id], META)
+        return out
 
     def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True,
                            last_backward: bool = False) -> None:
         self._tell("B" if full_backward else "I", bwd_chunk_id, super().backward_one_chunk, loss, full_backward,
                    last_backward)
+        for received in (self.args_recv_info, self.grad_recv_info):
+            _move(received.get(bwd_chunk_id, ()), META)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         self._tell("W", bwd_chunk_id, super().backward_weight_one_chunk, last_backward)
@@ -126,15 +149,17 @@ class _Timed(PipelineStage):
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        _move(self.args_recv_info[fwd_chunk_id], self.device)
         return self._noted("transfer of activations to", fwd_chunk_id, super().get_fwd_recv_ops)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         found = self._noted("transfer of activations from", fwd_chunk_id, super().get_fwd_send_ops)
         if not torch.is_grad_enabled():
-            del self.fwd_cache[fwd_chunk_id]           # kept for a backward, and if none comes for good
+            del self.fwd_cache[fwd_chunk_id]               # nor what went out
         return found
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        _move(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
         return self._noted("transfer of gradients to", bwd_chunk_id, super().get_bwd_recv_ops)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
@@ -159,6 +184,13 @@ class _Timed(PipelineStage):
         out = work(micro, *args, **kwargs)
         clock.end(kind, self.stage_index, micro)
         return out
+
+
+def _move(received: Sequence[Any], device: torch.device) -> None:
+    """Memory for what a stage receives of a micro-batch: new on `device`, none on META."""
+    for info in received:
+        if (old := getattr(info, "buffer", None)) is not None:        # a first stage receives nothing
+            info.buffer = torch.empty_like(old, device=device).requires_grad_(old.requires_grad)
 
 
 class Pipe:
