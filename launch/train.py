@@ -240,7 +240,7 @@ class Trainer:
         """Mean negative log-likelihood of the first held-out rows, the same ones every time."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         with contextlib.closing(self._loader(None, "heldout")) as rows:
-            for _ in range(self.run.train.eval_batches):     # no more at once than a step: a pipeline has room for each
+            for _ in range(self.run.train.eval_batches):     # not all at once: a pass keeps what its stages send
                 micros = [micro(next(rows), self.device) for _ in range(self.plan.accumulation)]
                 result = self.parts.pipe(micros, train=False)
                 sums += torch.stack([result.nll.double(), result.count.double()]) / self.mesh.tp

@@ -288,7 +288,7 @@ def test_prepare_infra_makes_no_memory_but_for_micro_batches_under_way(schedule:
 
 
 def test_an_evaluation_has_no_more_micro_batches_at_once_than_a_step() -> None:
-    """A pipeline has memory for each of them."""
+    """What a stage sends is kept until all is sent."""
     passes: list[int] = []
 
     def pipe(micros: list[Any], train: bool) -> SimpleNamespace:
