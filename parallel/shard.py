@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from stepladder.model.leaf import Decl, declared
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.tensor import all_gather_single, reduce_scatter_single
 from stepladder.parallel.watch import watch
+
+BUCKET = 1 << 26         # numbers summed at once
 
 
 def local(t: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ def _dimension(shape: tuple[int, ...], taken: set[int | None], ranks: int) -> in
 
 
 class Sums:
-    """The explicit gradient sums, bucketed: one collective a group and dtype."""
+    """The explicit gradient sums, bucketed: few collectives a group and dtype."""
 
     def __init__(self, models: Sequence[Decoder], mesh: Mesh, sharded: dict[str, int]):
         self.device = mesh.device
@@ -138,15 +140,31 @@ class Sums:
 
     def __call__(self) -> None:
         for (group, _), params in self.buckets.items():
-            grads = []
-            for p in params:
-                if p.grad is None:                        # no token came this way; other ranks still take part
-                    p.grad = torch.zeros_like(p)
-                grads.append(local(p.grad))
-            flat = torch.cat([g.flatten().to(self.device) for g in grads])      # offloaded ones come and go again
-            dist.all_reduce(flat, group=group)
-            for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                g.copy_(part.view_as(g))
+            for some in _runs(params):
+                self._add_up(some, group)
+
+    def _add_up(self, params: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+        grads = []
+        for p in params:
+            if p.grad is None:                        # no token came this way; other ranks still take part
+                p.grad = torch.zeros_like(p)
+            grads.append(local(p.grad))
+        flat = torch.cat([g.flatten().to(self.device) for g in grads])      # offloaded ones come and go again
+        dist.all_reduce(flat, group=group)
+        for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(part.view_as(g))
+
+
+def _runs(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """As many at once as BUCKET has room for, or one: all of them would take the memory of all gradients again."""
+    run, size = [], 0
+    for p in params:
+        if run and size + local(p).numel() > BUCKET:
+            yield run
+            run, size = [], 0
+        run.append(p)
+        size += local(p).numel()
+    yield run
 
 
 def _groups(decl: Decl, mesh: Mesh, sharded: bool, norm: bool) -> list[dist.ProcessGroup]:

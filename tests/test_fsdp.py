@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ranks
 import tiny
 import torch
-from test_parity import CPU, LENGTH, ROWS
+from test_parity import CPU, LENGTH, ROWS, on_mesh
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, Shard
@@ -48,6 +49,26 @@ def test_offload_trains_as_without_it(n: int, parallel: Parallel) -> None:
     (want,) = ranks.run(1, trained, Parallel())
     for got in ranks.run(n, trained, parallel):
         assert got == pytest.approx(want, rel=1e-4)
+
+
+def summed(rank: int, n: int) -> tuple[list[str], list[int]]:
+    """What differs from one rank without FSDP, and how many numbers are summed at once."""
+    sizes, dist = [], shard.dist
+
+    def all_reduce(flat: torch.Tensor, group: Any) -> None:
+        sizes.append(flat.numel())
+        dist.all_reduce(flat, group=group)
+
+    shard.BUCKET, shard.dist = 3000, SimpleNamespace(**{**vars(dist), "all_reduce": all_reduce})  # pyright: ignore
+    return on_mesh(Mesh(Parallel(shard=False), CPU, rank, n), ("attention0", "swiglu0", "ladder")), sizes
+
+
+def test_gradients_are_summed_a_bucket_at_a_time() -> None:
+    """All at once they would take as much memory again."""
+    for wrong, sizes in ranks.run(2, summed):
+        assert not wrong
+        assert 2048 <= max(sizes) <= 3000
+        assert len(sizes) > 10
 
 
 def offloaded(rank: int, n: int, parallel: Parallel) -> tuple[int, set[str], set[str]]:
