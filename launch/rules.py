@@ -175,7 +175,8 @@ def _data(run: Run, world: int) -> None:
 def _batch(run: Run, world: int) -> None:
     data, dp = run.data, world // (run.parallel.tp * run.parallel.pp)
     _divides("data.lanes", data.lanes, "dp", dp,
-             f"each dp rank reads its own lanes, so set it to {-(-data.lanes // dp) * dp}{_fitting(run)}")
+             f"each dp rank reads its own lanes, so set it to {-(-data.lanes // dp) * dp} in a new run, as one that "
+             f"resumes keeps its lanes{_fitting(run)}")
     unit = data.seq * data.rows * dp
     both = math.lcm(unit, data.seq * data.lanes)               # what lanes would refuse is no way out
     below = data.batch_tokens // both * both

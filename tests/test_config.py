@@ -339,5 +339,7 @@ def test_a_recorded_pass_needs_a_gpu():
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do():
     run = parsed(**{"data.seq": 32, "data.batch_tokens": 192, "data.rows": 1, "data.lanes": 2, "parallel.tp": 2})
-    assert says(rules.check, run, 6).endswith("as it is, it runs on dp = 1, 2 (2, 4 processes)")
+    said = says(rules.check, run, 6)
+    assert "set it to 3 in a new run, as one that resumes keeps its lanes" in said
+    assert said.endswith("as it is, it runs on dp = 1, 2 (2, 4 processes)")
     rules.check(run, 4)
