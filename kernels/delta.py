@@ -22,11 +22,11 @@ from stepladder.kernels.tiles import LOG2E, cdiv, dot, power, processors
 
 # Columns of the state, warps, stages, by the size of keys; the first is taken, the others are what a bench may try.
 # One stage is not among them: without buffers to step through, all addresses of operands are constants, and ptxas 12.8
-# takes some of them from wrong registers. Nor are eight warps: a product of 64 rows has work for four.
+# takes some of them from wrong registers. Four warps multiply 64 rows, eight 128.
 ACROSS = {
-    64: [(64, 4, 2), (32, 4, 2)],
-    128: [(32, 4, 2), (64, 4, 2)],
-    256: [(32, 4, 2)],
+    64: [(64, 4, 2), (64, 4, 3)],
+    128: [(64, 4, 2), (128, 8, 3), (128, 8, 2)],
+    256: [(32, 8, 2)],
 }
 FLOOR = tl.constexpr(-1e5)    # exp2 of it is 0, and differences of sums of it are no NaN, as those of -inf would be
 
@@ -124,49 +124,54 @@ def reach(edges, bh, begin, end, NT, C: tl.constexpr, SPAN: tl.constexpr, REVERS
 def _across(q, k, v, A, P, edges, before, y, w, states, after, T, NT, length, H, G, K: tl.constexpr,
             V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MAP: tl.constexpr, SAVE: tl.constexpr,
             EVEN: tl.constexpr, STAGES: tl.constexpr, SPAN: tl.constexpr):
-    """MAP: not y, but what each segment makes of an empty state, and, in K more columns, of the unit matrix."""
+    """MAP: not y, but what each segment makes of an empty state, and, in K more columns, of the unit matrix.
+
+    Values are rows here, of the state too: what one product leaves in registers is then the left operand of the next.
+    States are turned as they are written, which costs less than in the kernel that reads them.
+    """
     bh, segment = tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     r, n, m = tl.arange(0, C), tl.arange(0, K), tl.program_id(0) * BV + tl.arange(0, BV)
-    state = n[:, None] * (V + K if MAP else V) + m[None, :]
+    state = n[None, :] * (V + K if MAP else V) + m[:, None]
     at = (bh.to(tl.int64) * tl.num_programs(2) + segment) * K * (V + K if MAP else V) + state
     begin = segment * length
     end = tl.minimum(begin + length, NT)
     if MAP:
         begin = reach(edges, bh, begin, end, NT, C, SPAN, False)
-        S = tl.where(n[:, None] == m[None, :] - V, 1.0, 0.0)
+        S = tl.where(n[None, :] == m[:, None] - V, 1.0, 0.0)
     else:
         S = tl.load(before + at)
     for c in tl.range(begin, end, num_stages=STAGES):
         ok = (c * C + r < T) | EVEN
         row = b.to(tl.int64) * T + c * C + r
         keys = (row * G + h // (H // G))[:, None] * K + n[None, :]
-        values = (row * H + h)[:, None] * V + m[None, :]
+        values = (row * H + h)[None, :] * V + m[:, None]
         chunk = bh.to(tl.int64) * NT + c
         tile = chunk * C * C + r[:, None] * C + r[None, :]
         kt = tl.load(k + keys, mask=ok[:, None], other=0.0)
-        vt = tl.load(v + values, mask=ok[:, None] & (m < V)[None, :] if MAP else ok[:, None], other=0.0)
+        vt = tl.load(v + values, mask=ok[None, :] & (m < V)[:, None] if MAP else ok[None, :], other=0.0)
         since, until, keep = edges_of(edges, bh, c, NT, C)
         Sb = S.to(kt.dtype)
         if SAVE:
             tl.store(states + chunk * K * V + state, Sb)
         # Where a document began the state is left out, not multiplied by 0: it may be NaN.
-        error = vt.to(tl.float32) - tl.where(since[:, None] < 0, 0.0, dot(kt, Sb) * since[:, None])
-        wt = dot(tl.load(A + tile), error.to(kt.dtype))
+        error = vt.to(tl.float32) - tl.where(since[None, :] < 0, 0.0, dot(Sb, tl.trans(kt)) * since[None, :])
+        wt = dot(error.to(kt.dtype), tl.trans(tl.load(A + tile)))
         if not MAP:
             qt = tl.load(q + keys, mask=ok[:, None], other=0.0)
-            out = tl.where(since[:, None] < 0, 0.0, dot(qt, Sb) * since[:, None])
-            out = dot(tl.load(P + tile), wt.to(kt.dtype), out)
-            tl.store(y + values, out.to(kt.dtype), mask=ok[:, None])
-        S = dot(tl.trans(kt), (wt * until[:, None]).to(kt.dtype), tl.where(keep < 0, 0.0, S * keep))
+            out = tl.where(since[None, :] < 0, 0.0, dot(Sb, tl.trans(qt)) * since[None, :])
+            out = dot(wt.to(kt.dtype), tl.trans(tl.load(P + tile)), out)
+            tl.store(y + values, out.to(kt.dtype), mask=ok[None, :])
+        S = dot((wt * until[None, :]).to(kt.dtype), kt, tl.where(keep < 0, 0.0, S * keep))
         if SAVE:
-            tl.store(w + values, wt.to(kt.dtype), mask=ok[:, None])
+            tl.store(w + values, wt.to(kt.dtype), mask=ok[None, :])
     tl.store(after + at, S)
 
 
 def fit(table: dict[int, list[tuple[int, int, int]]], K: int, V: int) -> tuple[int, int, int]:
     columns, warps, stages = table[max(K, 64)][0]
-    return min(columns, K, V), warps, stages
+    columns = min(columns, K, V)
+    return columns, warps if columns >= 64 else 8, stages       # 32 rows are no warp group's: others multiply them
 
 
 def segment(v: Tensor, K: int, gated: bool, chunk: int) -> int:

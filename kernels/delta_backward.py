@@ -18,9 +18,9 @@ from stepladder.kernels.tiles import cdiv, dot, power
 
 # By the size of keys; the first is taken, the others are what a bench may try.
 REVERSE = {      # columns of the state, warps, stages
-    64: [(64, 4, 2), (32, 4, 2)],
-    128: [(32, 4, 2), (64, 4, 2)],
-    256: [(32, 4, 2)],
+    64: [(64, 4, 2), (64, 4, 3)],
+    128: [(64, 4, 2), (128, 8, 3), (128, 8, 2)],
+    256: [(32, 8, 2)],
 }
 # By the larger size: columns of keys, warps. There is one stage: triton 3.6 and 3.7 give what both a product and an
 # element read (k; with gates S and dS too) one buffer, and the next copy overwrites what the product still reads: dk
@@ -36,16 +36,16 @@ GRADIENTS = {
 def _reverse(q, k, A, P, edges, dy, after, dv, dstates, before, T, NT, length, H, G, K: tl.constexpr,
              V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MAP: tl.constexpr, EVEN: tl.constexpr,
              STAGES: tl.constexpr, SPAN: tl.constexpr):
-    """MAP: nothing but what each segment alone asks of the state before it."""
+    """MAP: nothing but what each segment alone asks of the state before it. Values are rows, as in _across."""
     bh, segment = tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     r, n, m = tl.arange(0, C), tl.arange(0, K), tl.program_id(0) * BV + tl.arange(0, BV)
-    state = n[:, None] * V + m[None, :]
+    state = n[None, :] * V + m[:, None]
     at = (bh.to(tl.int64) * tl.num_programs(2) + segment) * K * V + state
     begin = segment * length
     end = tl.minimum(begin + length, NT)
     if MAP:
-        dS = tl.zeros([K, BV], tl.float32)
+        dS = tl.zeros([BV, K], tl.float32)
         end = reach(edges, bh, begin, end, NT, C, SPAN, True) + 1
     else:
         dS = tl.load(after + at)
@@ -54,24 +54,24 @@ def _reverse(q, k, A, P, edges, dy, after, dv, dstates, before, T, NT, length, H
         ok = (c * C + r < T) | EVEN
         row = b.to(tl.int64) * T + c * C + r
         keys = (row * G + h // (H // G))[:, None] * K + n[None, :]
-        values = (row * H + h)[:, None] * V + m[None, :]
+        values = (row * H + h)[None, :] * V + m[:, None]
         chunk = bh.to(tl.int64) * NT + c
         tile = chunk * C * C + r[:, None] * C + r[None, :]
         kt = tl.load(k + keys, mask=ok[:, None], other=0.0)
         qt = tl.load(q + keys, mask=ok[:, None], other=0.0)
-        dyt = tl.load(dy + values, mask=ok[:, None], other=0.0)
+        dyt = tl.load(dy + values, mask=ok[None, :], other=0.0)
         since, until, keep = edges_of(edges, bh, c, NT, C)
         dSb = dS.to(kt.dtype)
         if not MAP:
             tl.store(dstates + chunk * K * V + state, dSb)
-        dw = dot(tl.trans(tl.load(P + tile)), dyt, dot(kt, dSb) * until[:, None])
-        dR = dot(tl.trans(tl.load(A + tile)), dw.to(kt.dtype))
+        dw = dot(dyt, tl.load(P + tile), dot(dSb, tl.trans(kt)) * until[None, :])
+        dR = dot(dw.to(kt.dtype), tl.load(A + tile))
         if not MAP:
-            tl.store(dv + values, dR.to(kt.dtype), mask=ok[:, None])
-        reached = since[:, None] >= 0
+            tl.store(dv + values, dR.to(kt.dtype), mask=ok[None, :])
+        reached = since[None, :] >= 0
         dS = tl.where(keep < 0, 0.0, dS * keep)
-        dS = dot(tl.trans(kt), tl.where(reached, -dR * since[:, None], 0.0).to(kt.dtype), dS)
-        dS = dot(tl.trans(qt), tl.where(reached, dyt.to(tl.float32) * since[:, None], 0.0).to(kt.dtype), dS)
+        dS = dot(tl.where(reached, -dR * since[None, :], 0.0).to(kt.dtype), kt, dS)
+        dS = dot(tl.where(reached, dyt.to(tl.float32) * since[None, :], 0.0).to(kt.dtype), qt, dS)
     tl.store(before + at, dS)
 
 
