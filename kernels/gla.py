@@ -73,8 +73,8 @@ def share(total: int, x: Tensor) -> tuple[int, int]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool,
-            chunk: int = 64, segment: int = 0, block: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y of scale * q; the state after; for backward, states before each chunk, pairs (save) and which chunks are slow.
+            chunk: int = 64, segment: int = 0, block: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y of scale * q; the state after; for backward, states before each chunk (save) and which chunks are slow.
 
     Contiguous q, k, g (B, T, H, K), v (B, T, H, V), doc (B, T) int32, S (B, H, K, V) fp32. segment: how many parts a
     row is cut into; block: key channels at a time; 0 for what the shape asks for.
@@ -83,10 +83,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, 
     V, N = v.shape[-1], cdiv(T, chunk)
     each, _ = split(N, segment or segments(T, B * H * cdiv(V, WALK[0][0]), chunk, q))
     made = factors(q, k, g, doc, scale, chunk, False, block)
-    y, saved, ends = walk(made, v, made.pairs, starts(made, v, S, each, False), each, save, False)
+    y, saved, ends = walk(made, v, starts(made, v, S, each, False), each, save, False)
     few = min(V, FEW)
     total = B * N * H * V // few
     programs, width = share(total, q)
     slow_kernel[(programs,)](q, k, v, g, doc, saved, made.slow, y, scale, T, total, H, K, V, chunk, few, width,
                             num_warps=1)
-    return y, ends[:, :, -1].contiguous(), saved, made.pairs if save else q.new_empty(0), made.slow
+    return y, ends[:, :, -1].contiguous(), saved, made.slow

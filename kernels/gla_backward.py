@@ -25,61 +25,60 @@ def diagonal(z, r):
 
 
 @triton.jit
-def gate(db, held, r, PARTS: tl.constexpr):
+def gate(db, held, weights, r, C: tl.constexpr, PARTS: tl.constexpr):
     """dg: what decays by a gate is `held`, all that the state brings in or through, less db of the rows before it.
 
     db is q dq - k dk without a row's pair with itself, which no gate decays and which would leave its rounding errors;
     over a chunk's pairs it sums up to zero, so rows before a gate say what rows after it do, and need no reverse sum;
-    made of the very factors that were multiplied, what should cancel does.
+    made of the very factors that were multiplied, what should cancel does. The weights are from_middle's: to what they
+    leave of the rows before one, those before the middle are added.
     """
-    return held[None, :] - sums(tl.where(r[:, None] > r[None, :], 1.0, 0.0).to(tl.bfloat16), db, PARTS)
+    before = tl.sum(tl.where((r < C // 2)[:, None], db, 0.0), 0)
+    return (held - before)[None, :] + db - sums(weights, db, PARTS)
 
 
 @triton.jit
 def keys_kernel(q, k, v, g, doc, dy, S, dS, decay, slow, dq, dk, dg, scale, T, TOTAL, H: tl.constexpr, K: tl.constexpr,
-                V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EVEN: tl.constexpr,
-                PARTS: tl.constexpr, STAGES: tl.constexpr):
-    """dq, dk, dg of one chunk in BK key channels."""
-    n = (tl.program_id(0) // (K // BK)).to(tl.int64)       # (row, chunk, head)
-    if tl.load(slow + n) != 0:
-        return
-    x = tl.program_id(0) % (K // BK) * BK + tl.arange(0, BK)
+                V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
+                STAGES: tl.constexpr):
+    """dq, dk, dg of one chunk, BK key channels at a time."""
+    n = tl.program_id(0).to(tl.int64)                       # (row, chunk, head)
     N = tl.cdiv(T, C)
     b, c, h = n // H // N, n // H % N, n % H
-    r = tl.arange(0, C)
+    doc += b * T + c * C
+    coming = tl.load(doc) == tl.load(doc - 1, mask=c > 0, other=0)
+    if tl.load(slow + n) != 0:
+        return
+    r, w = tl.arange(0, C), tl.arange(0, V)
     seen = (c * C + r < T) | EVEN
     first = (b * T + c * C) * H + h
     q, k, g, dq, dk, dg = q + first * K, k + first * K, g + first * K, dq + first * K, dk + first * K, dg + first * K
-    v, dy = v + first * V, dy + first * V
     row = r * H                       # 32 bits from here on: tiles of offsets are held in registers
-    coming = tl.load(doc + b * T + c * C) == tl.load(doc + b * T + c * C - 1, mask=c > 0, other=0)
-    S, dS = S + n * K * V, dS + n * K * V
-    right, left = tl.load(decay + n * K + x), tl.load(decay + (TOTAL + n) * K + x)
-    dA, dAt = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    bdq, bdk, carried = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
-    for at in tl.range(0, V, BV, num_stages=STAGES):
-        w = at + tl.arange(0, BV)
-        bv, bd = rows_of(v, row, V, w, seen), rows_of(dy, row, V, w, seen)
-        bS = tl.load(S + x[:, None] * V + w[None, :], mask=coming, other=0.0)
-        bdS = tl.load(dS + x[:, None] * V + w[None, :])
-        dA, dAt = dot(bd, tl.trans(bv), dA), dot(bv, tl.trans(bd), dAt)
-        bdq, bdk = dot(bd, tl.trans(bS), bdq), dot(bv, tl.trans(bdS), bdk)
-        carried += diagonal(dot(bS, tl.trans(bdS)), tl.arange(0, BK))
-    own = diagonal(dA, r)[:, None] * scale
-    dA = tl.where(r[:, None] > r[None, :], dA * scale, 0.0).to(dy.dtype.element_ty)
-    dAt = tl.where(r[:, None] < r[None, :], dAt * scale, 0.0).to(dy.dtype.element_ty)
-    held = carried * tl.exp2(left + right)
-    e = sums(from_middle(r, C), rows_of(g, row, K, x, seen).to(tl.float32) * LOG2E, PARTS)
-    up, down = tl.exp2(e), tl.exp2(-e)
-    qs, ks = (rows_of(q, row, K, x, seen) * up).to(dA.dtype), (rows_of(k, row, K, x, seen) * down).to(dA.dtype)
-    bdq *= (tl.exp2(left) * scale)[None, :]
-    held += tl.sum(qs * bdq, 0)
-    to = row[:, None] * K + x[None, :]
-    bdq = dot(dA, ks, bdq)
-    tl.store(dq + to, ((bdq + own * ks) * up).to(dq.dtype.element_ty), mask=seen[:, None])
-    bdk = dot(dAt, qs, bdk * tl.exp2(right)[None, :])
-    tl.store(dk + to, ((bdk + own * qs) * down).to(dk.dtype.element_ty), mask=seen[:, None])
-    tl.store(dg + to, gate(qs * bdq - ks * bdk, held, r, PARTS).to(dg.dtype.element_ty), mask=seen[:, None])
+    S, dS, decay = S + n * K * V, dS + n * K * V, decay + n * K
+    bv, bd = rows_of(v + first * V, row, V, w, seen), rows_of(dy + first * V, row, V, w, seen)
+    dA, dAt = dot(bd, tl.trans(bv)) * scale, dot(bv, tl.trans(bd)) * scale
+    own = diagonal(dA, r)[:, None]
+    dA = tl.where(r[:, None] > r[None, :], dA, 0.0).to(bd.dtype)
+    dAt = tl.where(r[:, None] < r[None, :], dAt, 0.0).to(bd.dtype)
+    for at in tl.range(0, K, BK, num_stages=STAGES, disable_licm=True):
+        x = at + tl.arange(0, BK)
+        state, to = x[:, None] * V + w[None, :], row[:, None] * K + x[None, :]
+        bg, bq, bk = rows_of(g, row, K, x, seen), rows_of(q, row, K, x, seen), rows_of(k, row, K, x, seen)
+        bS, bdS = tl.load(S + state, mask=coming, other=0.0), tl.load(dS + state)
+        right, left = tl.load(decay + x), tl.load(decay + TOTAL * K + x)
+        held = tl.sum(bS.to(tl.float32) * bdS.to(tl.float32), 1) * tl.exp2(left + right)
+        weights = from_middle(r, C)
+        e = sums(weights, bg.to(tl.float32) * LOG2E, PARTS)
+        up, down = tl.exp2(e), tl.exp2(-e)
+        qs, ks = (bq * up).to(bd.dtype), (bk * down).to(bd.dtype)
+        bdq = dot(bd, tl.trans(bS)) * (tl.exp2(left) * scale)[None, :]
+        held += tl.sum(qs * bdq, 0)
+        bdq = dot(dA, ks, bdq)
+        tl.store(dq + to, ((bdq + own * ks) * up).to(dq.dtype.element_ty), mask=seen[:, None])
+        bdk = dot(dAt, qs, dot(bv, tl.trans(bdS)) * tl.exp2(right)[None, :])
+        tl.store(dk + to, ((bdk + own * qs) * down).to(dk.dtype.element_ty), mask=seen[:, None])
+        bdg = gate(qs * bdq - ks * bdk, held, weights, r, C, PARTS)
+        tl.store(dg + to, bdg.to(dg.dtype.element_ty), mask=seen[:, None])
 
 
 @triton.jit
@@ -172,27 +171,26 @@ def slow_values_kernel(q, k, g, doc, dy, dS, slow, dv, scale, T, total, H: tl.co
                             C)
 
 
-# Key and value channels, warps, stages, registers a thread.
-KEYS = ((64, 64, 4, 2, None),)
+# Key channels at a time, warps, stages, registers a thread.
+KEYS = ((32, 4, 2, None),)
 
 
-def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, pairs: Tensor, slow: Tensor,
-             dy: Tensor, dS: Tensor, scale: float, chunk: int = 64, segment: int = 0,
-             block: int = 0) -> tuple[Tensor, ...]:
+def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, slow: Tensor, dy: Tensor,
+             dS: Tensor, scale: float, chunk: int = 64, segment: int = 0, block: int = 0) -> tuple[Tensor, ...]:
     """dq, dk, dv, dg and the gradient of the state that came in (B, H, K, V) fp32; dS is that of the state after."""
     B, T, H, K = q.shape
     V, N = v.shape[-1], cdiv(T, chunk)
     each, _ = split(N, segment or segments(T, B * H * cdiv(V, WALK[0][0]), chunk, q))
     dq, dk = (q.new_empty(B * N * chunk * H * K) for _ in range(2))         # what the walk reads is in their place
     made = factors(q, k, g, doc, scale, chunk, True, block, (dq.view(B, N, H, chunk, K), dk.view(B, N, H, chunk, K)))
-    dv, dstates, out = walk(made, dy, pairs, starts(made, dy, dS, each, True), each, True, True)
+    dv, dstates, out = walk(made, dy, starts(made, dy, dS, each, True), each, True, True)
     dq, dk, dg = dq[:q.numel()].view_as(q), dk[:k.numel()].view_as(k), torch.empty_like(g)
     sizes, even = (H, K, V, chunk), T % chunk == 0
-    of_keys, tile, warps, stages, registers = KEYS[0]
-    BK, BV = min(K, of_keys), min(max(V // 2, 16), tile)      # a loop of one pass is unrolled, which spills
-    keys_kernel[(B * N * H * (K // BK),)](
-        q, k, v, g, doc, dy, saved, dstates, made.decay, slow, dq, dk, dg, scale, T, B * N * H, *sizes, BK, BV, even,
-        3 if q.dtype == torch.float32 else 2, stages, num_warps=warps, num_stages=stages, maxnreg=registers)
+    BK, warps, stages, registers = KEYS[0]
+    keys_kernel[(B * N * H,)](
+        q, k, v, g, doc, dy, saved, dstates, made.decay, slow, dq, dk, dg, scale, T, B * N * H, *sizes,
+        min(BK, max(K // 2, 16)), even, 3 if q.dtype == torch.float32 else 2, stages, num_warps=warps,
+        num_stages=stages, maxnreg=None if q.dtype == torch.float32 else registers)
     few = min(K, FEW)
     total = B * N * H * K // few
     programs, width = share(total, q)

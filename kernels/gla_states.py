@@ -4,13 +4,14 @@ The decay between rows i >= j of a chunk, 2^(b_i - b_j) with b the running sum o
 around the chunk's middle. With them the walk is products alone, and backward it is the same walk from the last chunk
 to the first, with what adds to the state and what reads it exchanged:
 
-    forward   M = 2^left S     y = q' M + P v       S  = 2^right (M + k'^T v)
-    backward  M = 2^right dS   dv = k' M + P^T dy   dS = 2^left (M + q'^T dy)
+    forward   M = 2^left S     y = q' M + tril(q' k'^T) v       S  = 2^right (M + k'^T v)
+    backward  M = 2^right dS   dv = k' M + triu(k' q'^T) dy     dS = 2^left (M + q'^T dy)
 
 Where a factor is out of range, or a document begins inside the chunk, the chunk is slow: its factors are then those
 that the state alone needs, never above 1, and zero in the rows of other documents than the state's.
 
 Factors cost a pass over memory and save the walk nine tenths of its instructions, which were what it took its time for.
+Now bytes are: pairs of rows are multiplied by every tile of values, which has both factors at hand, and kept nowhere.
 """
 from __future__ import annotations
 
@@ -84,14 +85,16 @@ def slow_factors(q, k, g, row, seen, since, until, coming, qs, ks, decay, after,
 
 
 @triton.jit
-def factors_kernel(q, k, g, doc, qs, ks, pairs, decay, edge, slow, scale, T, H: tl.constexpr, K: tl.constexpr,
+def factors_kernel(q, k, g, doc, qs, ks, decay, edge, slow, scale, T, H: tl.constexpr, K: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, LIMIT: tl.constexpr, BACK: tl.constexpr, EVEN: tl.constexpr,
                    PARTS: tl.constexpr):
-    """q' and k' of one chunk, its rows to a multiple of C; P, unless BACK; log2 of what the state is scaled by before
-    and after the chunk's products; and the first row that reaches the state that leaves, or how many (BACK)."""
-    n = tl.program_id(0).to(tl.int64)                       # (row, chunk, head)
+    """q' and k' of one chunk, its rows to a multiple of C; log2 of what the state is scaled by before and after the
+    chunk's products; and the first row that reaches the state that leaves, or how many (BACK)."""
     N = tl.cdiv(T, C)
-    b, c, h = n // H // N, n // H % N, n % H
+    p, rows = tl.program_id(0), tl.num_programs(0) // N // H
+    p = p if BACK else tl.num_programs(0) - 1 - p           # what the walk reads first is made last: it finds it in L2
+    c, b, h = p // H // rows, (p // H % rows).to(tl.int64), p % H
+    n = (b * N + c) * H + h
     r, x = tl.arange(0, C), tl.arange(0, BK)
     seen = (c * C + r < T) | EVEN
     here = ((b * T + c * C) * H + h) * K
@@ -100,24 +103,19 @@ def factors_kernel(q, k, g, doc, qs, ks, pairs, decay, edge, slow, scale, T, H: 
     decay, after = decay + n * K, decay + (n + tl.num_programs(0)) * K
     before = tl.load(doc + c * C - 1, mask=c > 0, other=0)
     begin, last = tl.load(doc + c * C), tl.load(doc + tl.minimum(c * C + C, T) - 1)
-    A, outside = tl.zeros([C, C], tl.float32), tl.zeros([BK], tl.int32)
+    outside = tl.zeros([BK], tl.int32)
     for at in tl.static_range(0, K, BK):
         bg = rows_of(g, row, K, at + x, seen).to(tl.float32) * LOG2E
         bq, bk = rows_of(q, row, K, at + x, seen), rows_of(k, row, K, at + x, seen)
         left, right = halves(bg, r, C)
         e = sums(from_middle(r, C), bg, PARTS)
         bq, bk = (bq * (tl.exp2(e) * scale)).to(bq.dtype), (bk * tl.exp2(-e)).to(bk.dtype)
-        if not BACK:
-            A = dot(bq, tl.trans(bk), A)
         tl.store(qs + at + to, bq)
         tl.store(ks + at + to, bk)
         outside += 1 - ((left >= -LIMIT) & (right >= -LIMIT)).to(tl.int32)          # 1 where a gate is NaN, too
         left = tl.where(before == begin, left, float("-inf"))
         tl.store(decay + at + x, right if BACK else left)
         tl.store(after + at + x, left if BACK else right)
-    if not BACK:
-        A = tl.where(r[:, None] >= r[None, :], A, 0.0)
-        tl.store(pairs + n * C * C + r[:, None] * C + r[None, :], A.to(pairs.dtype.element_ty))
     fast = (begin == last) & (tl.sum(outside, 0) == 0)
     tl.store(slow + n, 1 - fast.to(tl.int8))
     tl.store(edge + n, C if BACK else 0)
@@ -136,7 +134,7 @@ def decayed(S, by):
 
 
 @triton.jit
-def walk_kernel(read, add, w, pairs, decay, edge, slow, S_in, y, states, S_out, kept, T, chunks, SEGMENTS, TOTAL,
+def walk_kernel(read, add, w, decay, edge, slow, S_in, y, states, S_out, kept, T, chunks, SEGMENTS, TOTAL,
                 H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
                 BACK: tl.constexpr, OUT: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr):
     """A head's row, or segment of it, in BV value channels. Without OUT, what a segment makes of an empty state."""
@@ -145,7 +143,8 @@ def walk_kernel(read, add, w, pairs, decay, edge, slow, S_in, y, states, S_out, 
     b = (bh // H).to(tl.int64)
     N = tl.cdiv(T, C)
     r, x, v = tl.arange(0, C), tl.arange(0, K), tile * BV + tl.arange(0, BV)
-    at, keys, ij = x[:, None] * V + v[None, :], r[:, None] * K + x[None, :], r[:, None] * C + r[None, :]
+    at, keys = x[:, None] * V + v[None, :], r[:, None] * K + x[None, :]
+    paired = r[:, None] <= r[None, :] if BACK else r[:, None] >= r[None, :]
     values = (r * H)[:, None] * V + v[None, :]
     begin, end = segment * chunks, tl.minimum(segment * chunks + chunks, N)
     if OUT:
@@ -167,14 +166,15 @@ def walk_kernel(read, add, w, pairs, decay, edge, slow, S_in, y, states, S_out, 
         elif OUT:
             tl.store(states + n * K * V + at, S.to(bw.dtype), mask=tl.load(slow + n) != 0)
         S = decayed(S, first)
+        to_add = tl.load(add + n * C * K + keys)
         if OUT:
-            P = tl.load(pairs + n * C * C + ij)
-            o = dot(tl.load(read + n * C * K + keys), S.to(bw.dtype))
-            o = dot(tl.trans(P) if BACK else P, bw, o)
+            to_read = tl.load(read + n * C * K + keys)
+            P = tl.where(paired, dot(to_read, tl.trans(to_add)), 0.0)
+            o = dot(P.to(bw.dtype), bw, dot(to_read, S.to(bw.dtype)))
             tl.store(y + here + values, o.to(bw.dtype), mask=(EVEN | (c * C + r < T))[:, None])
         else:
             through += first + then
-        S = dot(tl.trans(tl.load(add + n * C * K + keys)), bw, S)
+        S = dot(tl.trans(to_add), bw, S)
         S = decayed(S, then) if BACK else S * tl.exp2(then)[:, None]
     tl.store(S_out + p.to(tl.int64) * K * V + at, S)
     if not OUT:
@@ -196,9 +196,8 @@ def fold_kernel(S, left, S_in, SEGMENTS, K: tl.constexpr, V: tl.constexpr, BK: t
         now = tl.where((kept == float("-inf"))[:, None], 0.0, now * tl.exp2(kept)[:, None]) + made
 
 
-# Key channels at a time, warps, registers a thread of 16-bit types. The first is run, and passed its tests on a GPU;
-# with the second three blocks run at once: 0.51 ms instead of 0.56, both passes.
-FACTORS = ((64, 4, None), (64, 4, 168))
+# Key channels at a time, warps, registers a thread of 16-bit types: with these three blocks run at once.
+FACTORS = ((64, 4, 168),)
 WALK = ((64, 4, 2),)            # value channels of a tile, warps, stages: two blocks share a processor's memory
 SWEEP = ((64, 4, 2),)
 
@@ -206,7 +205,6 @@ SWEEP = ((64, 4, 2),)
 class Factors(NamedTuple):
     q: Tensor           # (B, N, H, C, K)
     k: Tensor
-    pairs: Tensor       # (B, N, H, C, C); empty backward
     decay: Tensor       # (2, B, N, H, K)
     edge: Tensor        # (B, N, H)
     slow: Tensor        # (B, N, H)
@@ -218,18 +216,17 @@ def factors(q: Tensor, k: Tensor, g: Tensor, doc: Tensor, scale: float, chunk: i
     B, T, H, K = q.shape
     N = cdiv(T, chunk)
     qs, ks = scratch or (q.new_empty(B, N, H, chunk, K), q.new_empty(B, N, H, chunk, K))
-    pairs = q.new_empty(0) if back else q.new_empty(B, N, H, chunk, chunk)
     decay = torch.empty((2, B, N, H, K), dtype=torch.float32, device=q.device)
     edge, slow = (torch.empty((B, N, H), dtype=d, device=q.device) for d in (torch.int32, torch.int8))
     few, warps, registers = FACTORS[0]
-    factors_kernel[(B * N * H,)](q, k, g, doc, qs, ks, pairs, decay, edge, slow, scale, T, H, K, chunk,
+    factors_kernel[(B * N * H,)](q, k, g, doc, qs, ks, decay, edge, slow, scale, T, H, K, chunk,
                                  block or min(K, few), LIMIT[q.dtype], back, T % chunk == 0,
                                  3 if q.dtype == torch.float32 else 2, num_warps=warps,
                                  maxnreg=None if q.dtype == torch.float32 else registers)
-    return Factors(qs, ks, pairs, decay, edge, slow)
+    return Factors(qs, ks, decay, edge, slow)
 
 
-def walk(made: Factors, w: Tensor, pairs: Tensor, S: Tensor, each: int, save: bool, back: bool) -> tuple[Tensor, ...]:
+def walk(made: Factors, w: Tensor, S: Tensor, each: int, save: bool, back: bool) -> tuple[Tensor, ...]:
     """y (backward dv), states before each chunk (after) and the states that segments end with, S (B, H, segments, K, V)
     those that they begin with."""
     B, T, H, V = w.shape
@@ -239,7 +236,7 @@ def walk(made: Factors, w: Tensor, pairs: Tensor, S: Tensor, each: int, save: bo
     read, add = (made.k, made.q) if back else (made.q, made.k)
     y, states, S_out = torch.empty_like(w), w.new_empty(B, N, H, K, V), torch.empty_like(S)
     walk_kernel[(B * H * S.shape[2] * (V // BV),)](
-        read, add, w, pairs, made.decay, made.edge, made.slow, S, y, states, S_out, S, T, each, S.shape[2], B * N * H,
+        read, add, w, made.decay, made.edge, made.slow, S, y, states, S_out, S, T, each, S.shape[2], B * N * H,
         H, K, V, chunk, BV, back, True, save, T % chunk == 0, stages, num_warps=warps, num_stages=stages)
     return y, states, S_out
 
@@ -256,7 +253,7 @@ def starts(made: Factors, w: Tensor, S: Tensor, each: int, back: bool) -> Tensor
     out, left = S.new_empty(B, H, count, K, V), S.new_empty(B, H, count, K)
     add = made.q if back else made.k
     walk_kernel[(B * H * count * (V // BV),)](
-        add, add, w, add, made.decay, made.edge, made.slow, S, w, w, out, left, T, each, count, B * N * H, H, K, V,
+        add, add, w, made.decay, made.edge, made.slow, S, w, w, out, left, T, each, count, B * N * H, H, K, V,
         chunk, BV, back, False, False, T % chunk == 0, stages, num_warps=warps, num_stages=stages)
     few = min(K, 16)
     fold_kernel[(B * H * K // few,)](out, left, S, count, K, V, few, back, num_warps=4)

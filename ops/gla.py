@@ -127,32 +127,31 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, 
 
 @torch.library.custom_op("stepladder::gla", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool, chunk: int,
-             segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, S, saved, pairs, slow = kernels.forward(q, k, v, g, doc, S, scale, save, chunk, segment, block)
-    return y, S, saved if save else saved.new_empty(0), pairs, slow
+             segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, S, saved, slow = kernels.forward(q, k, v, g, doc, S, scale, save, chunk, segment, block)
+    return y, S, saved if save else saved.new_empty(0), slow
 
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool, chunk: int,
-      segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+      segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, K = q.shape
     N = (T + chunk - 1) // chunk
-    saved, pairs = (q.new_empty(B, N, H, *sizes) if save else q.new_empty(0)
-                    for sizes in ((K, v.shape[-1]), (chunk, chunk)))
-    return torch.empty_like(v), torch.empty_like(S), saved, pairs, doc.new_empty(B, N, H, dtype=torch.int8)
+    saved = q.new_empty(B, N, H, K, v.shape[-1]) if save else q.new_empty(0)
+    return torch.empty_like(v), torch.empty_like(S), saved, doc.new_empty(B, N, H, dtype=torch.int8)
 
 
 @torch.library.custom_op("stepladder::gla_backward", mutates_args=())
-def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, pairs: Tensor, slow: Tensor,
-              dy: Tensor, dS: Tensor, scale: float, chunk: int, segment: int,
+def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, slow: Tensor, dy: Tensor,
+              dS: Tensor, scale: float, chunk: int, segment: int,
               block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backward_kernels.backward(q, k, v, g, doc, saved, pairs, slow, dy.contiguous(), dS.contiguous(), scale,
-                                     chunk, segment, block)
+    return backward_kernels.backward(q, k, v, g, doc, saved, slow, dy.contiguous(), dS.contiguous(), scale, chunk,
+                                     segment, block)
 
 
 @_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, pairs: Tensor, slow: Tensor, dy: Tensor,
-      dS: Tensor, scale: float, chunk: int, segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, slow: Tensor, dy: Tensor, dS: Tensor,
+      scale: float, chunk: int, segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = torch.empty_like
     return like(q), like(k), like(v), like(g), dS.new_empty(dS.shape)
 
@@ -165,10 +164,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dS: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    *inputs, saved, pairs, slow = ctx.saved_tensors
+    *inputs, saved, slow = ctx.saved_tensors
     dy = torch.zeros_like(inputs[2]) if dy is None else dy
     dS = torch.zeros_like(saved[:, 0], dtype=torch.float32) if dS is None else dS
-    dq, dk, dv, dg, dS = _backward(*inputs, saved, pairs, slow, dy, dS, *ctx.rest)
+    dq, dk, dv, dg, dS = _backward(*inputs, saved, slow, dy, dS, *ctx.rest)
     return dq, dk, dv, dg, None, dS, *(None,) * 5
 
 

@@ -137,6 +137,15 @@ def test_without_gradients_nothing_is_kept(poisoned: None) -> None:
     assert max(ratio(y, want[0]), ratio(S, want[1])) < BAR[SINGLE]
 
 
+def test_for_backward_states_are_kept_and_no_pairs() -> None:
+    x = {n: z.requires_grad_() if z.is_floating_point() else z for n, z in inputs(V=32).items()}
+    held: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda z: held.append((*z.shape,)) or z, lambda z: z):
+        kernel(**x)
+    given = {(*z.shape,) for z in x.values()}
+    assert [shape for shape in held if shape not in given] == [(1, 3, 1, 16, 32), (1, 3, 1)]
+
+
 @pytest.mark.parametrize(("which", "change", "said"), [
     ("g", lambda z: z - 2 * z.min(), r"a gate is .* > 0"),
     ("g", lambda z: z[:, :-1], r"gates \(1, 6, 1, 16\) do not go with queries \(1, 7, 1, 16\)"),
