@@ -23,6 +23,7 @@ from stepladder.kernels.lanes import over_channels, over_entries, over_tokens
 from stepladder.kernels.tiles import LOG2E, cdiv, processors, split
 
 CHANNELS, GROUP = 4, 4    # forward: channels of a lane (R), tokens loaded together
+ENDS = 2                  # backward, where segments' ends alone are asked for: half the registers, twice the warps
 SAVED = 8                 # tokens between saved states, which are also those that the backward pass has in registers
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -63,7 +64,10 @@ def _token(v, dt, k, row, valid, live, D: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _fold(h, ends, spans, at, d, tile, rate, live, D: tl.constexpr, N: tl.constexpr):
-    """What a segment makes of h, of which it has been seen what it makes of nothing. span < 0: a document began."""
+    """What a segment makes of h, of which it has been seen what it makes of nothing. span < 0: a document began.
+
+    A walk sets span to -inf there: what later tokens add leaves it that.
+    """
     span = tl.load(spans + at * D + d, mask=live, other=0.0)
     return (tl.where(span < 0, 0.0, tl.exp2(tl.maximum(span, 0.0) * rate) * h)
             + tl.load(ends + at * D * N + tile, mask=live, other=0.0))
@@ -104,9 +108,9 @@ def _walk(h, span, rate, q, k, v, dt, start, y, live, alive, lane, left, D: tl.c
                 h = tl.where(fresh, 0.0, h)
             h = tl.exp2(x * rate) * h + x * u * key
             if ENDS:
-                span = tl.where(span < 0, -1.0, span + x)
+                span += x
                 if not PLAIN:
-                    span = tl.where(fresh, -1.0, span)
+                    span = tl.where(fresh, float("-inf"), span)
             else:
                 out = over_entries(h * query.to(tl.float32), lane).to(y.dtype.element_ty)
                 if PLAIN:
@@ -150,6 +154,27 @@ def _forward(q, k, v, dt, A, start, h0, ends, spans, y, states, h1, T, per, segm
         tl.store(h1 + b * D * N + tile, h, mask=live)
 
 
+@triton.jit
+def _walk_back(flow, span, rate, q, dt, start, dy, live, left, D: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+               G: tl.constexpr, PLAIN: tl.constexpr):
+    """C tokens from the last on, of which there are `left` in the row. PLAIN: no document begins, and there are C."""
+    for g in tl.static_range(C - G, -1, -G):
+        seen = ()
+        for i in tl.static_range(g, g + G):
+            valid, fresh = True if PLAIN else i < left, False
+            x, dout, query = _token(dy, dt, q, i, valid, live, D, N)
+            if not PLAIN:
+                fresh = tl.load(start + i, mask=valid, other=0) != 0
+            seen += ((x, dout, query, fresh),)
+        for i in tl.static_range(G - 1, -1, -1):
+            x, dout, query, fresh = seen[i]             # pyright: ignore
+            flow = tl.exp2(x * rate) * (dout.to(tl.float32) * query.to(tl.float32) + flow)   # pyright: ignore
+            span += x
+            if not PLAIN:
+                flow, span = tl.where(fresh, 0.0, flow), tl.where(fresh, float("-inf"), span)
+    return flow, span
+
+
 @triton.jit(do_not_specialize=["T", "per"])
 def _backward_ends(q, dt, A, start, dy, ends, spans, T, per, D: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
                    R: tl.constexpr, G: tl.constexpr):
@@ -159,25 +184,24 @@ def _backward_ends(q, dt, A, start, dy, ends, spans, T, per, D: tl.constexpr, N:
     """
     b, s, segments = tl.program_id(1).to(tl.int64), tl.program_id(2) + 1, tl.num_programs(2) + 1
     n, d, live = _tile(D, N, R)
-    tile, mine = d * N + n, b * segments + s
+    tile, part, first = d * N + n, b * segments + s, s * per
     rate = tl.load(A + tile, mask=live, other=0.0).to(tl.float32) * LOG2E
     flow, span = tl.zeros_like(rate), tl.zeros(d.shape, tl.float32)
-    q, dt, dy = q + b * T * N + _wide(n, N), dt + b * T * D + d, dy + b * T * D + d
-    groups = tl.cdiv(tl.minimum(s * per * C + per * C, T) - s * per * C, G)
-    for g in range(groups):
-        first, seen = s * per * C + tl.cast(groups - 1 - g, tl.int64) * G, ()
-        for i in tl.static_range(G):
-            valid = first + i < T
-            x, dout, query = _token(dy, dt, q, first + i, valid, live, D, N)
-            fresh = tl.load(start + b * T + first + i, mask=valid, other=0) != 0
-            seen += ((x, dout, query, fresh),)
-        for i in tl.static_range(G - 1, -1, -1):
-            x, dout, query, fresh = seen[i]             # pyright: ignore
-            flow = tl.exp2(x * rate) * (dout.to(tl.float32) * query.to(tl.float32) + flow)
-            flow = tl.where(fresh, 0.0, flow)
-            span = tl.where(fresh | (span < 0), -1.0, span + x)
-    tl.store(ends + mine * D * N + tile, flow, mask=live)
-    tl.store(spans + mine * D + d, span, mask=live)
+    q, dt, dy, start = q + b * T * N + _wide(n, N), dt + b * T * D + d, dy + b * T * D + d, start + b * T
+    many = tl.minimum(first + per, tl.cdiv(T, C)) - first
+    borders = _borders(start, first + many - 1, T, C)
+    for j in range(many):
+        c = tl.cast(first + many - 1 - j, tl.int64)
+        t, plain = c * C, tl.max(borders) == 0
+        borders = _borders(start, c - 1, T, C)
+        if plain:
+            flow, span = _walk_back(flow, span, rate, q + t * N, dt + t * D, start + t, dy + t * D, live, T - t, D, N,
+                                    C, G, True)
+        else:
+            flow, span = _walk_back(flow, span, rate, q + t * N, dt + t * D, start + t, dy + t * D, live, T - t, D, N,
+                                    C, G, False)
+    tl.store(ends + part * D * N + tile, flow, mask=live)
+    tl.store(spans + part * D + d, span, mask=live)
 
 
 @triton.jit
@@ -351,7 +375,9 @@ def backward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tens
     blocks, per, segments = cut(v, R, 8, segments)
     ends, spans, fresh = dh.new_empty(B, segments, D, N), dh.new_empty(B, segments, D), start.view(torch.uint8)
     if segments > 1:
-        _backward_ends[blocks, B, segments - 1](q, dt, A, fresh, dy, ends, spans, T, per, D, N, C, R, 4, num_warps=1)
+        S = min(R, ENDS)
+        _backward_ends[cdiv(D, 8 * S), B, segments - 1](q, dt, A, fresh, dy, ends, spans, T, per, D, N, C, S, GROUP,
+                                                        num_warps=1)
     dq, dk = torch.empty(2, blocks, B, T, N, device=v.device)
     dv, ddt, dA, dh0 = torch.empty_like(v), torch.empty_like(dt), dh.new_empty(B * segments, D, N), torch.empty_like(dh)
     _backward[blocks, B, segments](q, k, v, dt, A, fresh, states, dy, dh, ends, spans, dq, dk, dv, ddt, dA, dh0, T, per,

@@ -72,8 +72,8 @@ def ssd() -> None:
 
 
 def scan() -> None:
-    """Mamba's 4096 channels of 16 entries; rows of few channels, of 32 entries, in segments."""
-    for T, D, N in ((64, 4096, 16), (512, 64, 32)):
+    """Mamba's 4096 channels of 16 entries and rows of few channels of 32, both in segments."""
+    for T, D, N in ((512, 4096, 16), (512, 64, 32)):
         q, v, dt, A = torch.empty(1, T, N), torch.empty(1, T, D, dtype=BF16), torch.empty(1, T, D), torch.empty(D, N)
         start, h = torch.zeros(1, T).bool(), torch.empty(1, D, N)
         states = scan_kernels.forward(q, q, v, dt, A, start, h, True)[2]
