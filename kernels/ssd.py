@@ -1,6 +1,8 @@
-"""Linear recurrence with one decay per head, in chunks: forward in one pass, backward in two. Maths in ops/ssd.py.
+"""Linear recurrence with one decay per head, in chunks. Maths in ops/ssd.py.
 
-What a chunk's keys and queries say of one another is the same for all heads of a group; only decays are a head's own.
+Forward is one pass. Backward goes from the last chunk to the first for gradients of states, then takes all chunks at
+once: first what a chunk's tokens do to one another, then what queries and keys owe to states. What a chunk's keys and
+queries say of one another is the same for all heads of a group; only decays are a head's own.
 """
 from __future__ import annotations
 
@@ -11,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.tiles import LOG2E, cdiv, dot, processors, split
+from stepladder.kernels.tiles import LOG2E, cdiv, dot, power, processors, split
 
 CHUNK = 64
+KEYS = 64              # channels of keys that a block of _sides has
 
 
 class Tiles(NamedTuple):
@@ -21,15 +24,18 @@ class Tiles(NamedTuple):
     V: int             # value channels a block
     warps: int
     stages: int
+    registers: int | None = None       # a thread, at most: several small blocks a processor hide each other's waiting
 
 
-# The first of each runs; tests/bench/kernels.py measures all. For sm_90 at K = 128 they spill up to 43 instructions,
-# because what does not change in a loop is formed there again (disable_licm): kept in registers, it spilled up to 700.
+# The first of each runs; tests/bench/kernels.py measures all. What does not change in a loop is formed there again
+# (disable_licm): kept in registers, it spilled up to 700 instructions for sm_90 at K = 128. _inside has stages for
+# tiles of values, if there are several: with one, all addresses are constants, and ptxas 12.8 gets some wrong.
 HALF: dict[str, tuple[Tiles, ...]] = {
     "forward": (Tiles(64, 4, 2), Tiles(32, 4, 2), Tiles(64, 4, 3)),
     "two": (Tiles(64, 8, 2), Tiles(64, 8, 3)),
     "reverse": (Tiles(64, 4, 3), Tiles(64, 4, 2), Tiles(32, 4, 3)),
-    "gradients": (Tiles(64, 8, 2), Tiles(64, 8, 3), Tiles(32, 8, 2))}
+    "inside": (Tiles(64, 4, 2), Tiles(128, 4, 2)),
+    "sides": (Tiles(128, 4, 1, 168), Tiles(128, 4, 2, 168), Tiles(128, 4, 1))}
 SINGLE = Tiles(32, 8, 1)               # right, not fast: products of fp32 take three passes
 
 
@@ -181,71 +187,121 @@ def _reverse(q, g, doc, dy, dS1, ends, decays, dstates, dS0, T, per, G: tl.const
         tl.store(dS0 + mine + tile, dS)
 
 
-@triton.jit
-def _side(q, k, v, g, doc, dy, states, dstates, dz, dv, dg, c, b, group, part, parts, T, G: tl.constexpr,
-          H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
-          QUERIES: tl.constexpr):
-    """dq and what gates owe to reading, or dk, dv and what they owe to writing: each is the other's mirror image.
+@triton.jit(do_not_specialize=["T", "parts"])
+def _inside(q, k, v, g, doc, dy, dstates, X, dv, edges, keeps, owed, parts, T, G: tl.constexpr, H: tl.constexpr,
+            K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
+            STAGES: tl.constexpr):
+    """dv, X = decay * (v dy^T), keys by queries, what pairs owe to gates, and decays from a chunk's ends and to them.
 
-    A chunk's heads of a group, or a part of them, one after the other. X = decay * (dy v^T) is summed over them and
-    over value tiles before it meets the keys. Each side forms products of its own way round: one that is turned over
-    in registers must not go into the next. A gate scales every product that passes it: of the state that comes in with
-    queries, of pairs (a token with itself passes none), of keys with the state that leaves, of the two states.
+    Of a chunk's heads of a group, or a part of them, one after the other: X is their sum, before it meets queries and
+    keys. A gate scales every pair that passes it; a token with itself passes none.
     """
-    r, tiles, heads = tl.arange(0, C), V // BV, H // G // parts
+    c, b, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2) // parts, tl.program_id(2) % parts
+    r, heads = tl.arange(0, C), H // G // parts
     first, valid, here, before, last = _chunk(doc, b, c, T, C)
-    at, tile = (first * G + group) * K, _tile(C, K, G * K)
-    own = tl.load((q if QUERIES else k) + at + tile, mask=valid[:, None], other=0.0)
-    A = dot(own, tl.trans(tl.load((k if QUERIES else q) + at + tile, mask=valid[:, None], other=0.0)))
-    mask = (here[:, None] == here[None, :]) & ((r[:, None] >= r[None, :]) if QUERIES else (r[:, None] <= r[None, :]))
-    X, dZ = tl.zeros([C, C], tl.float32), tl.zeros([C, K], tl.float32)
-    pairs, edges, kept = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), 0.0
-    for i in tl.range(0, heads * tiles, num_stages=STAGES, disable_licm=True):
-        head, left, done = (group * parts + part) * heads + i // tiles, i % tiles * BV, i % tiles == tiles - 1
-        n, vat = first * H + head, _tile(C, BV, H * V)
-        m = ((b.to(tl.int64) * tl.cdiv(T, C) + c) * H + head) * K * V + left
-        ours = tl.load((dy if QUERIES else v) + n * V + left + vat, mask=valid[:, None], other=0.0)
-        theirs = tl.load((v if QUERIES else dy) + n * V + left + vat, mask=valid[:, None], other=0.0)
-        S = tl.load((states if QUERIES else dstates) + m + _tile(K, BV, V))
+    at, vat = (first * G + group) * K + _tile(C, K, G * K), _tile(C, BV, H * V)
+    bk = tl.load(k + at, mask=valid[:, None], other=0.0)
+    A = dot(bk, tl.trans(tl.load(q + at, mask=valid[:, None], other=0.0)))
+    mask = (here[:, None] == here[None, :]) & (r[:, None] <= r[None, :])
+    total = tl.zeros([C, C], tl.float32)
+    for i in tl.range(0, heads, num_stages=1, disable_licm=True):
+        head = (group * parts + part) * heads + i
+        n, m = first * H + head, (b.to(tl.int64) * tl.cdiv(T, C) + c) * H + head
         whole, rest, all_whole, all_rest = _sums(g + n, valid, C, H)
+        until = _decay(here == last, all_whole - whole, all_rest - rest)
+        tl.store(edges + m * 2 * C + r, _decay(here == before, whole, rest))
+        tl.store(edges + m * 2 * C + C + r, until)
+        tl.store(keeps + m, _decay(last == before, all_whole, all_rest))
+        D = _decay(mask, whole[None, :] - whole[:, None], rest[None, :] - rest[:, None])
+        dP = tl.zeros([C, C], tl.float32)
+        for left in tl.range(0, V, BV, num_stages=STAGES):
+            bv = tl.load(v + n * V + left + vat, mask=valid[:, None], other=0.0)
+            dP = dot(bv, tl.trans(tl.load(dy + n * V + left + vat, mask=valid[:, None], other=0.0)), dP)
+        dP *= D
+        total += dP
+        dP = tl.where(r[:, None] == r[None, :], 0.0, dP * A)
+        tl.store(owed + m * ROWS * C + r, tl.sum(dP, 0))
+        tl.store(owed + m * ROWS * C + C + r, tl.sum(dP, 1))
+        P = (A * D).to(bk.dtype)
+        for left in tl.range(0, V, BV, num_stages=STAGES):
+            bd = tl.load(dy + n * V + left + vat, mask=valid[:, None], other=0.0)
+            dV = dot(P, bd, dot(bk, tl.load(dstates + m * K * V + left + _tile(K, BV, V))) * until[:, None])
+            tl.store(dv + n * V + left + vat, dV.to(bd.dtype), mask=valid[:, None])
+    at = ((b * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * tl.num_programs(0) + c) * C * C
+    tl.store(X + at + _tile(C, C, C), total.to(bk.dtype))
+
+
+@triton.jit
+def _side(own, ours, states, dstates, other, X, dz, edges, owed, kept, c, b, tile, T, parts, G: tl.constexpr,
+          H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+          STAGES: tl.constexpr, QUERIES: tl.constexpr):
+    """dq and what reading states owes to gates, or dk and what writing them owes: each is the other's mirror image."""
+    tiles: tl.constexpr = K // BK
+    left, row = tile * BK, 2 + tile + (0 if QUERIES else tiles)
+    group, part, r, heads = tl.program_id(2) // parts, tl.program_id(2) % parts, tl.arange(0, C), H // G // parts
+    first, valid = b.to(tl.int64) * T + c * C, r < T - c * C
+    at, vat = (first * G + group) * K + left + _tile(C, BK, G * K), _tile(C, BV, H * V)
+    dZ = tl.zeros([C, BK], tl.float32)
+    for i in tl.range(0, heads, num_stages=STAGES, disable_licm=True):
+        head = (group * parts + part) * heads + i
+        n, m = first * H + head, (b.to(tl.int64) * tl.cdiv(T, C) + c) * H + head
+        near, same = tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
+        for j in tl.range(0, V, BV, num_stages=1):
+            mine = tl.load(ours + n * V + j + vat, mask=valid[:, None], other=0.0)
+            S = tl.load((states if QUERIES else dstates) + (m * K + left) * V + j + _tile(BK, BV, V))
+            near = dot(mine, tl.trans(S), near)
+            if QUERIES:
+                dS = tl.load(dstates + (m * K + left) * V + j + _tile(BK, BV, V))
+                same += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+        near *= tl.load(edges + (m * 2 if QUERIES else m * 2 + 1) * C + r)[:, None]
+        dZ += near
+        passed = tl.sum(tl.load(own + at, mask=valid[:, None], other=0.0).to(tl.float32) * near, 1)
+        tl.store(owed + (m * (2 + 2 * tiles) + row) * C + r, passed)
         if QUERIES:
-            edge = _decay(here == before, whole, rest)
-            D = _decay(mask, whole[:, None] - whole[None, :], rest[:, None] - rest[None, :])
-        else:
-            edge = _decay(here == last, all_whole - whole, all_rest - rest)
-            D = _decay(mask, whole[None, :] - whole[:, None], rest[None, :] - rest[:, None])
-        dP = dot(ours, tl.trans(theirs)) * D
-        X += dP
-        near = dot(own, S) * edge[:, None]
-        pairs += tl.sum(tl.where(r[:, None] == r[None, :], 0.0, dP * A), 1)
-        edges += tl.sum(ours * near, 1)
-        if QUERIES:
-            product = S.to(tl.float32) * tl.load(dstates + m + _tile(K, BV, V)).to(tl.float32)
-            kept += tl.sum(tl.sum(product, 1), 0) * _decay(last == before, all_whole, all_rest)
-            dG = tl.cumsum(pairs + edges, 0, reverse=True) + kept
-        else:
-            dV = dot((A * D).to(theirs.dtype), theirs, near)
-            tl.store(dv + n * V + left + vat, dV.to(theirs.dtype), mask=valid[:, None])
-            dG = tl.cumsum(edges + pairs, 0) - (edges + pairs) - tl.sum(pairs, 0)
-        tl.store(dg + n + r * H, dG, mask=valid & done)
-        dZ = dot((ours * edge[:, None]).to(ours.dtype), tl.trans(S), dZ)
-        pairs, edges, kept = tl.where(done, 0.0, pairs), tl.where(done, 0.0, edges), tl.where(done, 0.0, kept)
-    other = tl.load((k if QUERIES else q) + at + tile, mask=valid[:, None], other=0.0)
-    at += (part * tl.num_programs(1)).to(tl.int64) * T * G * K
-    tl.store(dz + at + tile, dot(X.to(other.dtype), other, dZ).to(dz.dtype.element_ty), mask=valid[:, None])
+            tl.store(kept + m * tiles + tile, tl.sum(same, 0))
+    pairs = tl.load(X + ((b * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * tl.cdiv(T, C) + c) * C * C
+                    + _tile(C, C, C))
+    if QUERIES:
+        pairs = tl.trans(pairs)
+    dZ = dot(pairs, tl.load(other + at, mask=valid[:, None], other=0.0), dZ)
+    tl.store(dz + (part * tl.num_programs(1)).to(tl.int64) * T * G * K + at, dZ.to(dz.dtype.element_ty),
+             mask=valid[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "parts"])
-def _gradients(q, k, v, g, doc, dy, states, dstates, dq, dk, dv, dg, dg2, parts, T, G: tl.constexpr, H: tl.constexpr,
-               K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr):
-    """Two neighbouring blocks share what they read by the second-level cache; one block for both would spill."""
-    c, b, group, part = tl.program_id(0) // 2, tl.program_id(1), tl.program_id(2) // parts, tl.program_id(2) % parts
-    if tl.program_id(0) % 2 == 0:
-        _side(q, k, v, g, doc, dy, states, dstates, dq, dv, dg, c, b, group, part, parts, T, G, H, K, V, C, BV, STAGES,
-              True)
+def _sides(q, k, v, dy, states, dstates, X, dq, dk, edges, owed, kept, parts, T, G: tl.constexpr, H: tl.constexpr,
+           K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+           STAGES: tl.constexpr):
+    """Both sides of a chunk, cut by channels of keys: neighbouring blocks share what they read by the cache."""
+    tiles: tl.constexpr = K // BK
+    c, tile, b = tl.program_id(0) // (2 * tiles), tl.program_id(0) % (2 * tiles), tl.program_id(1)
+    if tile < tiles:
+        _side(q, dy, states, dstates, k, X, dq, edges, owed, kept, c, b, tile, T, parts, G, H, K, V, C, BK, BV, 1, True)
     else:
-        _side(q, k, v, g, doc, dy, states, dstates, dk, dv, dg2, c, b, group, part, parts, T, G, H, K, V, C, BV, STAGES,
-              False)
+        _side(k, v, states, dstates, q, X, dk, edges, owed, kept, c, b, tile - tiles, T, parts, G, H, K, V, C, BK, BV,
+              STAGES, False)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _gates(keeps, owed, kept, dg, T, H: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, BH: tl.constexpr):
+    """Sums over what passes each gate, of a chunk and some heads.
+
+    Those are pairs of a query from it on and a key before it, the former with the state before the chunk, the latter
+    with the state after it, and the two states.
+    """
+    h, r, rows = tl.program_id(2) * BH + tl.arange(0, BH), tl.arange(0, C), 2 + 2 * TILES
+    t, b = tl.program_id(0) * C + r, tl.program_id(1).to(tl.int64)
+    m, ok = (b * tl.num_programs(0) + tl.program_id(0)) * H + h, h < H
+    owed += m[:, None] * rows * C + r[None, :]
+    read = tl.load(owed, mask=ok[:, None], other=0.0) - tl.load(owed + C, mask=ok[:, None], other=0.0)
+    written, same = tl.zeros([BH, C], tl.float32), tl.zeros([BH], tl.float32)
+    for i in tl.static_range(TILES):
+        read += tl.load(owed + (2 + i) * C, mask=ok[:, None], other=0.0)
+        written += tl.load(owed + (2 + TILES + i) * C, mask=ok[:, None], other=0.0)
+        same += tl.load(kept + m * TILES + i, mask=ok, other=0.0)
+    same *= tl.load(keeps + m, mask=ok, other=0.0)
+    out = tl.cumsum(read, 1, reverse=True) + (tl.cumsum(written, 1) - written) + same[:, None]
+    tl.store(dg + (b * T + t)[None, :] * H + h[:, None], out, mask=ok[:, None] & (t < T)[None, :])
 
 
 def tiles(kernel: str, V: int, dtype: torch.dtype) -> Tiles:
@@ -262,7 +318,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, 
     """
     (B, T, H, V), (G, K), chunks = v.shape, q.shape[2:], cdiv(v.shape[1], chunk)
     two = V == tiles("two", V, q.dtype).V and H // G % 2 == 0          # of a group: they share q k^T
-    BV, warps, stages = tiles("two" if two else "forward", V, q.dtype)
+    BV, warps, stages, _ = tiles("two" if two else "forward", V, q.dtype)
     blocks = V // BV * H // (2 if two else 1)
     per, segments = split(chunks, segments or min(chunks // 8, processors(v) // (B * blocks)))
     y, S1 = torch.empty_like(v), torch.empty_like(S)
@@ -281,7 +337,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Te
     parts of a group's heads run side by side, and their dq and dk are added up after; 0: as the shape asks.
     """
     (B, T, H, V), (G, K), chunks = v.shape, q.shape[2:], cdiv(v.shape[1], chunk)
-    BV, warps, stages = tiles("reverse", V, q.dtype)
+    BV, warps, stages, _ = tiles("reverse", V, q.dtype)
     per, segments = split(chunks, segments or min(chunks // 8, processors(v) // (B * H * (V // BV))))
     dstates, dS0 = torch.empty_like(states), torch.empty_like(dS)
     ends, decays = dS.new_empty(B, segments, H, K, V), dS.new_empty(B, segments, H)
@@ -290,9 +346,24 @@ def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Te
                                            alone, stages, num_warps=warps)
     wanted = parts or max(1, 2 * processors(v) // (2 * chunks * B * G))
     parts = max(n for n in range(1, H // G + 1) if H // G % n == 0 and n <= wanted)
+    return *_chunks(q, k, v, g, doc, states, dstates, dy, chunk, parts), dS0
+
+
+def _chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Tensor, dstates: Tensor, dy: Tensor,
+            C: int, parts: int) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and g from states before each chunk and gradients of those after it."""
+    (B, T, H, V), (G, K), chunks = v.shape, q.shape[2:], states.shape[1]
+    BK, BH = min(K, KEYS), min(16, power(H))
+    rows = 2 + 2 * K // BK
     dq, dk = (z.new_empty(parts, *z.shape, dtype=z.dtype if parts == 1 else torch.float32) for z in (q, k))
-    dv, dg = torch.empty_like(v), torch.empty(2, B, T, H, dtype=torch.float32, device=v.device)
-    BV, warps, stages = tiles("gradients", V, q.dtype)
-    _gradients[2 * chunks, B, G * parts](q, k, v, g, doc, dy, states, dstates, dq, dk, dv, dg[0], dg[1], parts, T, G, H,
-                                         K, V, chunk, BV, stages, num_warps=warps)
-    return *((z[0] if parts == 1 else z.sum(0).to(q.dtype)) for z in (dq, dk)), dv, dg[0] + dg[1], dS0
+    X, dv, dg = q.new_empty(B, G * parts, chunks, C, C), torch.empty_like(v), torch.empty_like(g, dtype=torch.float32)
+    edges, owed = (dg.new_empty(B, chunks, H, n, C) for n in (2, rows))
+    keeps, kept = dg.new_empty(B, chunks, H), dg.new_empty(B, chunks, H, K // BK)
+    BV, warps, stages, registers = tiles("inside", V, q.dtype)
+    _inside[chunks, B, G * parts](q, k, v, g, doc, dy, dstates, X, dv, edges, keeps, owed, parts, T, G, H, K, V, C, BV,
+                                  rows, stages, num_warps=warps, maxnreg=registers)
+    BV, warps, stages, registers = tiles("sides", V, q.dtype)
+    _sides[2 * K // BK * chunks, B, G * parts](q, k, v, dy, states, dstates, X, dq, dk, edges, owed, kept, parts, T, G,
+                                               H, K, V, C, BK, BV, stages, num_warps=warps, maxnreg=registers)
+    _gates[chunks, B, cdiv(H, BH)](keeps, owed, kept, dg, T, H, C, K // BK, BH)
+    return *((z[0] if parts == 1 else z.sum(0).to(q.dtype)) for z in (dq, dk)), dv, dg
