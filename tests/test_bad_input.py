@@ -238,18 +238,6 @@ def test_other_programs_refuse_what_is_not_there(refused, args, says):
 # --- models
 
 
-def test_prompt_tokens_outside_the_vocabulary_are_refused(train, refused):
-    train()
-    Path("bpe").mkdir()
-    words = tokenizer.train_bpe(texts(120), 300)
-    words.save("bpe")
-    prompt = words.decode([299])
-    assert words.encode(prompt).tolist() == [299]
-    sentence, out = refused("generate", str(FOLDER), "--prompt", prompt, "--tokenizer", "bpe")
-    assert sentence.startswith("prompt 1 has token 299, but the model's vocabulary ends at 287; use the tokenizer ")
-    assert out == ""
-
-
 def test_a_folder_without_a_run_has_nothing_to_export(refused):
     Path("empty").mkdir()
     sentence, _ = refused("export", "empty", "model.safetensors")
