@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpora import texts
 from refusals import FOLDER, FULL, GLA, RUN, before_work, here, prepared, refused, train  # noqa: F401
 
 from stepladder.data import tokenizer
