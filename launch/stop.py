@@ -50,7 +50,8 @@ class Stop:
         self.rank = self.begun = self.last = 0             # last: step of the run, once it is known
         self.lost = ""                                     # why it will never be
         self.store: dist.Store | None = None
-        self.came, self.met, self.known, self.over = (threading.Event() for _ in range(4))    # came: all ranks
+        # came: all ranks; known: the last step, or why not; heard: training knows it, too
+        self.came, self.met, self.known, self.heard, self.over = (threading.Event() for _ in range(5))
         pipe, self.pipe = os.pipe()
         os.set_blocking(self.pipe, False)
         with contextlib.suppress(ValueError):              # not in the main thread: a test
@@ -82,6 +83,7 @@ class Stop:
             if not self.asked:                             # else the answer counts this step, or does not: wait for it
                 return True
         self.known.wait()
+        self.heard.set()
         if self.lost:
             raise LostRank(f"{self.asked} asks the run to stop, but {self.lost}")
         return step <= self.last
@@ -96,7 +98,7 @@ class Stop:
         atexit.register(_deafen)
         os.close(self.pipe)
         self._ask(self.rank, "")
-        for event in (self.came, self.met, self.known):
+        for event in (self.came, self.met, self.known, self.heard):
             event.set()
         for thread in self.threads:
             thread.join(1)
@@ -126,7 +128,7 @@ class Stop:
         self._ask(0, f"{name} to rank {self.rank}" if self.rank else name)    # who asks the others
         self._ask(self.rank, name)                      # rank 0 may have come to its end
         self.known.wait()
-        if self.lost and not self.over.wait(TELL):      # training waits for a device or a rank that will not come
+        if self.lost and not self.heard.wait(TELL):     # training waits for a device or a rank that will not come
             _leave(f"{self.asked} asks the run to stop, but {self.lost}", self.tell)
 
     def _say(self, word: str) -> None:

@@ -185,6 +185,20 @@ def test_a_rank_that_cannot_stop_with_the_others_ends_whatever_it_waits_for(ende
     assert capfd.readouterr().err == "".join(f"stepladder: {why}\n" for why in told)
 
 
+def test_a_rank_that_knows_it_cannot_stop_with_the_others_has_time_for_a_save_under_way(ended, monkeypatch):
+    for name, seconds in (("SOON", 0.05), ("PATIENCE", 0.1)):
+        monkeypatch.setattr(stop, name, timedelta(seconds=seconds))
+    one = Stop()
+    one.meet(None, 0, 2, 1)
+    asks = one.threads[0]
+    ask(one, signal.SIGTERM)
+    with pytest.raises(LostRank):
+        until(lambda: one.asked and one.may_begin(2))
+    until(lambda: not any(thread.is_alive() for thread in one.threads if thread is not asks))
+    one.close()
+    assert not ended
+
+
 def test_who_is_missing_is_said_before_torchrun_kills():
     assert inspect.signature(PContext.close).parameters["timeout"].default > stop.COMING
 
