@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> None:
     told = [_Run(path) for path in runs]
     names = plot.names(runs)
     print(_table("", names, results(told)))
-    print(parting(told))
+    for name, other in zip(names[1:], told[1:], strict=True):
+        print(f"{name}: {parting(told[0], other)}" if len(told) > 2 else parting(told[0], other))
     print()
     rows = differences(told)
     print(_table("differs", names, rows) if rows else "no setting differs")
@@ -64,19 +65,18 @@ def results(runs: list[_Run]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def parting(runs: list[_Run]) -> str:
-    """Where the losses first differ from the first run's, bit by bit."""
-    first, shared = runs[0], sorted(set.intersection(*({*r.losses} for r in runs)))
+def parting(first: _Run, other: _Run) -> str:
+    """Where the losses of a run first differ from the first run's, bit by bit."""
+    shared = sorted({*first.losses} & {*other.losses})
     if not shared:
-        return "no step has a loss in all of them"
-    for step in shared:
-        if any(r.losses[step] != first.losses[step] for r in runs):
-            apart = max(abs(r.losses[s] / first.losses[s] - 1) for r in runs for s in shared)
-            by = f"{apart:.1g} of themselves at most"
-            if step == shared[0]:
-                return f"losses differ from step {step} on, by {by}"
-            return f"losses are equal before step {step}, and differ by {by} from there on"
-    return f"losses are equal, bit by bit, at all {len(shared)} steps that they share"
+        return "no step has a loss in both of them"
+    apart = [step for step in shared if other.losses[step] != first.losses[step]]
+    if not apart:
+        return f"losses are equal, bit by bit, at all {len(shared)} steps that they share"
+    by = f"{max(abs(other.losses[s] / first.losses[s] - 1) for s in apart):.1g} of themselves at most"
+    if apart[0] == shared[0]:
+        return f"losses differ from step {apart[0]} on, by {by}"
+    return f"losses are equal before step {apart[0]}, and differ by {by} from there on"
 
 
 def differences(runs: list[_Run]) -> list[tuple[str, list[str]]]:

@@ -59,6 +59,15 @@ def test_runs_that_differ_from_their_first_step_have_no_step_before_it(tmp_path,
     assert "losses differ from step 1 on, by 0.1 of themselves at most" in capsys.readouterr().out
 
 
+def test_each_of_several_runs_is_told_where_it_parts_from_the_first(tmp_path, capsys):
+    given = {"a": [3.0, 2.5, 2.0], "b": [3.0, 2.5, 2.2], "c": [3.3], "d": [3.0, 2.5]}
+    assert cli.main(["compare", *(str(made(tmp_path / name, losses)) for name, losses in given.items())]) == 0
+    out = capsys.readouterr().out
+    assert "b: losses are equal before step 3, and differ by 0.1 of themselves at most from there on" in out
+    assert "c: losses differ from step 1 on, by 0.1 of themselves at most" in out
+    assert "d: losses are equal, bit by bit, at all 2 steps that they share" in out
+
+
 def test_a_torn_configuration_is_named(tmp_path, capsys):
     a, b = made(tmp_path / "a", [3.0]), made(tmp_path / "b", [3.0])
     (b / "config.toml").write_text("[train]\nsteps")
