@@ -33,7 +33,8 @@ def said(folder: Path, now: float) -> dict[str, str]:
         out["step"] += f", {_ago(now - (folder / 'metrics.jsonl').stat().st_mtime)}"
         if records[-1].get("loss") is not None:
             out["loss"] = f"{records[-1]['loss']:.4f}"
-        speed = statistics.median(r["tokens_per_s"] for r in records)
+        begun = max((i for i, r in enumerate(records) if "mesh" in r), default=0)     # of the last start
+        speed = statistics.median(r["tokens_per_s"] for r in records[begun:])
         out["speed"] = f"{speed:,.0f} tokens/s"
         if at < last:
             out["left"] = _duration((last - at) * tokens / speed)

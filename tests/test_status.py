@@ -56,6 +56,14 @@ def test_status_says_where_a_run_stands(run: Path):
     assert status.said(run, now=3960)["last error"] == "no room (60 seconds ago)"
 
 
+def test_speed_and_time_left_are_those_since_the_last_start(run: Path):
+    with open(run / "metrics.jsonl", "a") as file:
+        for step, mesh in ((41, {"mesh": "Mesh(1 cpu)"}), (42, {})):
+            file.write("\n" + json.dumps({"step": step, "tokens": 900 * step, "tokens_per_s": 50.0} | mesh))
+        file.write("\n")
+    assert status.said(run, 0.0)["speed"] == "50 tokens/s"
+
+
 def test_the_last_checkpoint_is_the_newest_whole_one_and_torn_ones_are_named(run: Path):
     short, empty = checkpoint(run, 50), run / "checkpoints/step-00000060"
     (short / "rank-00000.bin").write_bytes(b"12")
