@@ -156,10 +156,14 @@ class Watch:
             self.rests = False
 
     def suspect(self, ranks: Sequence[int]) -> None:
-        """These do not answer. Those that do not beat either are gone: an alarm, where no connection may ever break."""
+        """These do not answer. Those that do not beat either are gone: an alarm, where no connection may ever break.
+
+        Nothing else speaks against them, so they are listened to twice as long: a rank that holds its interpreter, in
+        AdamW on the host for one, says nothing meanwhile.
+        """
         if self.on:
             with contextlib.suppress(RuntimeError):
-                before, listened = self._read(ranks), not self.ended.wait(LISTEN * self.pause)
+                before, listened = self._read(ranks), not self.ended.wait(2 * LISTEN * self.pause)
                 if silent := self._silent(before, words := self._read(ranks)) if listened else []:
                     self._leave(self._gone(silent, words))
 
