@@ -103,7 +103,8 @@ class Copies:
 
     def _allocate(self, size: int) -> None:
         """Room for the inbox, and for a total behind it. Collective, and it waits for the device: in the first passes
-        only. What there was stays: graphs may have recorded it."""
+        only. What there was stays: graphs may have recorded it. It is made on the lane of the caller, one group's own:
+        memory of one lane may share a segment, and that has one pad of signals for all that meet in it."""
         torch.cuda.synchronize(self.device)
         self.size = -(-size // 4096) * 4096
         self.memory.append(symmetric.empty(2 * self.size, dtype=torch.uint8, device=self.device))

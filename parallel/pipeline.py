@@ -123,8 +123,10 @@ class _Timed(PipelineStage):
     @contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
         ours, self.device = self.device, device
-        yield
-        self.device = ours
+        try:
+            yield
+        finally:
+            self.device = ours
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         out = self._tell("F", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
