@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from stepladder.data import manifest
+
 try:
     import zstandard
 except ImportError:              # plain text and JSONL need none
@@ -47,6 +49,8 @@ def _files(given: Path, but: Path) -> list[Path]:
         return [given]
     if but.resolve() in (given.resolve(), *given.resolve().parents):
         raise ValueError(f"{given} lies in --out {but}, which is not read: name another --out")
+    if (given / manifest.FILE).is_file():
+        raise ValueError(f"{given} is a prepared corpus, no text: name it as shards in [data.sources] of a run")
     inside = sorted(path for path in given.rglob("*") if path.is_file())
     inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(given).parts)]
     inside = [path for path in inside if but.resolve() not in path.resolve().parents]

@@ -208,6 +208,13 @@ def test_a_folder_that_would_be_left_out_whole_is_refused(tmp_path, monkeypatch,
         prepare(["in"], out)
 
 
+def test_a_prepared_corpus_is_no_text(tmp_path):
+    jsonl(tmp_path / "in" / "a.jsonl", ["one"])
+    prepare([tmp_path / "in"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"/out is a prepared corpus, no text: name it as shards in \[data\.sources\]"):
+        prepare([tmp_path / "out"], tmp_path / "again")
+
+
 def test_an_input_that_is_named_twice_is_refused_and_not_doubled(tmp_path, monkeypatch):
     jsonl(tmp_path / "in" / "a.jsonl", ["one"])
     (tmp_path / "link").symlink_to("in")
