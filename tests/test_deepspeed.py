@@ -37,6 +37,8 @@ ZERO = {f"zero{stage}{' offload' if offload else ''}": Parallel(engine="deepspee
         for stage in (1, 2, 3) for offload in (False, True)}
 LAYOUTS = ZERO | {"fsdp": Parallel(), "ddp": Parallel(shard=False)}
 CPU = torch.device("cpu")
+# At 1e-3 a weight that is changed by 1e-7 changes the loss by 2e-5 after 20 steps, so no two engines agree to 1e-5.
+LR = 3e-4
 ranks.preload("deepspeed", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.stage3",
               "torch._inductor.compile_fx")              # three seconds of every rank
 
@@ -60,7 +62,7 @@ class Run:
         after_backward()
         self.parts.sums()
         self.at += 1
-        return float(self.adam.step(result, 1e-3).loss)
+        return float(self.adam.step(result, LR).loss)
 
     def held_out(self) -> float:
         return float(self.parts.pipe([tiny.micro(2, 24, seed=999)], train=False).nll)
@@ -80,7 +82,7 @@ def test_every_stage_has_the_losses_of_fsdp2() -> None:
     layouts = ["zero1", "zero2", "zero3 offload"]
     want, *rest = ranks.run(2, losses, ["fsdp", *layouts], 20, {})[0]
     for name, got in zip(layouts, rest, strict=True):
-        assert got == pytest.approx(want, rel=1e-5), name
+        assert got == pytest.approx(want, rel=2e-6), name
 
 
 def test_bf16_has_the_losses_of_fsdp2_in_bf16_and_recomputes() -> None:
