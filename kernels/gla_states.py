@@ -92,7 +92,7 @@ def factors_kernel(q, k, g, doc, qs, ks, decay, edge, slow, scale, T, H: tl.cons
     chunk's products; and the first row that reaches the state that leaves, or how many (BACK)."""
     N = tl.cdiv(T, C)
     p, rows = tl.program_id(0), tl.num_programs(0) // N // H
-    p = p if BACK else tl.num_programs(0) - 1 - p           # what the walk reads first is made last: it finds it in L2
+    p = p if BACK else tl.num_programs(0) - 1 - p      # what the walk reads first is made last, for L2: no gain seen
     c, b, h = p // H // rows, (p // H % rows).to(tl.int64), p % H
     n = (b * N + c) * H + h
     r, x = tl.arange(0, C), tl.arange(0, BK)

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from test_streaming import PATIENT, blocks, gib, made, server  # noqa: F401  a corpus, and who serves it
+from serving import PATIENT, blocks, gib, made, server  # noqa: F401
 
 from stepladder.data import cache as cache_module
 from stepladder.data.cache import Cache

@@ -1,4 +1,5 @@
 """Shards from elsewhere: the same rows as from a folder, whatever server, command, store or cache does in between."""
+# ruff: noqa: F811  fixtures are imported
 
 import hashlib
 import io
@@ -6,19 +7,16 @@ import itertools
 import json
 import random
 import tarfile
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
-from corpora import corpus, texts
+from serving import PATIENT, Server, blocks, gib, made, server  # noqa: F401
 
 from stepladder.data import fetch
 from stepladder.data.fetch import Limits, Remote
@@ -27,80 +25,8 @@ from stepladder.data.manifest import Columns
 from stepladder.data.shards import Corpus, ShardError
 from stepladder.launch import events
 
-PATIENT = Limits(retries=3, stall=30, total=60, pause=0.01)
 STRICT = Limits(retries=1, stall=0.4, total=20, pause=0.01)
 LANES = 4
-
-
-class Server:
-    """Serves a folder and does to each file, request by request, what `faults` says; counts the requests."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.faults, self.asked = folder, {}, Counter()
-        self.released = threading.Event()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                name = self.path.strip("/")
-                server.asked[name] += 1
-                plan = server.faults.get(name, [])
-                server.answer(self, name, plan.pop(0) if plan else "")
-
-            def log_message(self, *args):
-                pass
-
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.httpd.server_port}"
-        threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def answer(self, handler: BaseHTTPRequestHandler, name: str, fault: str) -> None:
-        data = (self.folder / name).read_bytes()
-        if fault == "silent":
-            self.released.wait(60)
-            return
-        if fault.startswith("to "):
-            handler.send_response(302)
-            handler.send_header("Location", fault.removeprefix("to "))
-            handler.end_headers()
-            return
-        if fault.isdigit():
-            handler.send_error(int(fault))
-            return
-        if fault == "short":
-            data = data[:900]
-        if fault == "wrong":
-            data = data[:700] + bytes([data[700] ^ 1]) + data[701:]
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        if fault == "slow":
-            time.sleep(0.1)
-        if fault == "drip":
-            for at in range(len(data)):
-                if self.released.wait(0.05):
-                    return
-                handler.wfile.write(data[at : at + 1])
-        handler.wfile.write(data[: len(data) // 2] if fault in ("cut", "half") else data)
-        if fault == "half":
-            self.released.wait(60)
-
-    def shards_asked(self) -> int:
-        return sum(count for name, count in self.asked.items() if name.endswith(".tar"))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    return corpus(tmp_path_factory.mktemp("made") / "out", texts(400), shard_bytes=2000)
-
-
-@pytest.fixture
-def server(made):
-    serving = Server(made)
-    yield serving
-    serving.released.set()
-    serving.httpd.shutdown()
-    serving.httpd.server_close()
 
 
 def loader(base: Path | str, limits: Limits = PATIENT, **options) -> Loader:
@@ -118,16 +44,6 @@ def take(count: int, base: Path | str, limits: Limits = PATIENT, **options) -> l
 
 def same(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True)) and a.cursor == b.cursor
-
-
-def blocks(found: Corpus) -> list[bytes]:
-    at = [(i, j) for i, shard in enumerate(found.manifest.shards) for j in range(len(shard.blocks))]
-    return [block.tokens.tobytes() + block.pieces.tobytes() for block in (found.read(i, j) for i, j in at)]
-
-
-def gib(count: float, folder: Path) -> float:
-    """A cache limit for so many shards."""
-    return count * max(path.stat().st_size for path in folder.glob("*.tar")) / 2**30
 
 
 @pytest.mark.parametrize("way", ["http", "cold cache", "warm cache", "tight cache", "pipe", "pipe and cache", "store"])
