@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from stepladder.data.loader import Batch
+from stepladder.launch.toml import flat
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.watch import EXIT, listed
 
@@ -144,14 +145,6 @@ def code(root: Path = Path(__file__).parents[1]) -> str:
     for path in sorted(path for layer in LAYERS for path in (root / layer).rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """A run's tables as one, with keys as on the command line: {"data": {"seq": 8}} -> {"data.seq": 8}"""
-    out = {}
-    for name, value in table.items():
-        out |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
-    return out
 
 
 def _first_difference(words: list[str]) -> str | None:

@@ -7,8 +7,7 @@ import tomllib
 from pathlib import Path
 
 from stepladder.launch import events, plot
-from stepladder.launch.agree import flat
-from stepladder.launch.toml import differing
+from stepladder.launch.toml import differing, flat
 
 WIDTH = 34                  # characters of a value
 STARTED = ("ranks", "mesh", "device", "torch", "code", "data")        # of an event start or resume

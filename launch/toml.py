@@ -116,6 +116,14 @@ def nearest(name: Any, known: Iterable[Any]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
+def flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A run's tables as one, with keys as on the command line: {"data": {"seq": 8}} -> {"data.seq": 8}"""
+    out = {}
+    for name, value in table.items():
+        out |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return out
+
+
 def differing(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """The keys that have not one value in all tables, and what each has; strings without quotes."""
     said = [{key: value if isinstance(value, str) else text(value) for key, value in table.items()} for table in tables]

@@ -23,7 +23,7 @@ from stepladder.launch.events import Events
 from stepladder.launch.late import Clock, Late
 from stepladder.launch.log import Log, put, say
 from stepladder.launch.stop import Stop
-from stepladder.launch.toml import differing
+from stepladder.launch.toml import differing, flat
 from stepladder.model.context import borders
 from stepladder.model.decoder import flops, parameters
 from stepladder.parallel import checkpoint, spans
@@ -85,7 +85,7 @@ class Trainer:
         if meta:
             saved, ours = tomllib.loads(meta["config"]), tomllib.loads(config.dump(run))
             checkpoint.refuse_mismatch({"model": saved["model"]}, {"model": ours["model"]})
-            self.changed = dict(differing([agree.flat(saved), agree.flat(ours)]))
+            self.changed = dict(differing([flat(saved), flat(ours)]))
         self.manifests: dict[str, Manifest] = {}
         if run.train.eval_every:
             self._loader(None, "heldout").close()       # too few documents for it: said now, not at step eval_every

@@ -22,15 +22,10 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from stepladder.parallel.checkpoint_folder import (
-    ALIGN,
-    DTYPES,
     FORMAT,
     CheckpointError,
     fault,
-    fill,
     meta,
-    misfit,
-    names,
     read_index,
     refuse_mismatch,
     steps,
@@ -41,6 +36,7 @@ from stepladder.parallel.checkpoint_folder import (
     write_file,
     write_index,
 )
+from stepladder.parallel.checkpoint_read import ALIGN, DTYPES, fill, misfit, names
 
 __all__ = ["CheckpointError", "Store", "fill", "meta", "names", "refuse_mismatch", "valid"]
 
@@ -260,7 +256,7 @@ class Store:
                     sweep(self.folder, self.token)
                 if agreement.size:
                     name = f"rank-{self.ranks.rank:05d}.bin"
-                    entry = (name, agreement.size, write_file(temporary / name, self.buffer))
+                    entry = (name, agreement.size, write_file(temporary / name, self.buffer.numpy().data))
             except Exception as error:  # whatever it was, the other ranks are waiting for an answer
                 entry = f"rank {self.ranks.rank}: {error or type(error).__name__}"
             problem = self._publish(step, temporary, self.ranks.gather(entry), agreement, meta)

@@ -1,16 +1,14 @@
-"""A checkpoint folder: what lies in it, and how it is written, verified and read by one rank.
+"""A checkpoint folder: what lies in it, and how it is written and verified; without torch, which takes seconds to load.
 
     RUN/checkpoints/step-00001234/checkpoint.json     the index: format, step, files (bytes and checksum of each),
                                                       tensors (dtype, shape and chunks of each), meta of the run
                                  /rank-00000.bin ...  the bytes, raw, one file a rank that had something to write
 
-torch.distributed.checkpoint plans which part of which tensor is read. The bytes and the index are ours: its own index
-is a pickle, and reading that of a stranger's checkpoint would run the stranger's code.
+The index is ours: torch.distributed.checkpoint's own is a pickle, and reading that of a stranger's checkpoint would run
+the stranger's code.
 """
 
 import json
-import math
-import mmap
 import os
 import re
 import shutil
@@ -20,30 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-
 FORMAT = 1
 INDEX = "checkpoint.json"
-ALIGN = 64  # bytes; a tensor in a mapped file must start at a multiple of its element size
 PIECE = 1 << 24  # bytes hashed and written at a time
 PAUSE = 0.5  # seconds before a file that could not be read is tried once more
 STEP = re.compile(r"step-(\d{8,})")
 FILE = re.compile(r"rank-\d{5,}\.bin")
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
 
 
 class CheckpointError(ValueError):
@@ -62,11 +42,6 @@ def valid(path: Path) -> str | None:
 def meta(path: Path) -> dict:
     """What the run said about itself when it saved."""
     return read_index(path)["meta"]
-
-
-def names(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Global shape and dtype of every tensor of the checkpoint."""
-    return {name: (tuple(e["shape"]), DTYPES[e["dtype"]]) for name, e in read_index(path)["tensors"].items()}
 
 
 def refuse_mismatch(saved: dict, ours: dict) -> None:
@@ -195,9 +170,9 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, buffer: Tensor) -> str:
-    """Write the buffer durably, read it back, and return its checksum."""
-    data, checksum = memoryview(buffer.numpy()), 0  # pyright: ignore[reportArgumentType]
+def write_file(path: Path, data: memoryview) -> str:
+    """Write the bytes durably, read them back, and return their checksum."""
+    checksum = 0
     with open(path, "wb") as file:
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
@@ -216,59 +191,6 @@ def _checksum(path: Path) -> str:
         while count := file.readinto(piece):
             checksum = zlib.crc32(piece[:count], checksum)
     return f"{checksum:08x}"
-
-
-def misfit(state: dict[str, Tensor], index: dict[str, Any]) -> str | None:
-    """The first tensor of state that the checkpoint cannot fill."""
-    for name, tensor in state.items():
-        entry = index["tensors"].get(name)
-        if entry is None:
-            return f"{name} {tuple(tensor.shape)} is not in the checkpoint"
-        if tuple(tensor.shape) != tuple(entry["shape"]):
-            return f"{name} is {tuple(entry['shape'])} in the checkpoint, {tuple(tensor.shape)} in this model"
-        if tensor.dtype != DTYPES[entry["dtype"]]:
-            return f"{name} is torch.{entry['dtype']} in the checkpoint, {tensor.dtype} in this model"
-    return None
-
-
-@torch.no_grad()
-def fill(path: Path, state: dict[str, Tensor], index: dict[str, Any] | None = None) -> None:
-    """Fill the tensors of state, in any layout, on this rank alone; what state does not name is not read.
-
-    Raises CheckpointError naming the tensor and both shapes or dtypes. Checksums are not compared: see `valid`.
-    """
-    index = read_index(path) if index is None else index
-    if problem := misfit(state, index):
-        raise CheckpointError(f"{path}: {problem}")
-    files: dict[str, mmap.mmap] = {}
-    chunks = {(name, *chunk[0]): chunk for name in state for chunk in index["tensors"][name]["chunks"]}
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(state, _dcp_metadata(index, state), is_coordinator=False)
-    for request in planner.create_local_plan().items:
-        target = planner.resolve_tensor(request)
-        if not target.numel():
-            continue
-        _, sizes, file, start = chunks[request.storage_index.fqn, *(request.storage_index.offset or ())]
-        if file not in index["files"]:
-            raise CheckpointError(f"{path / INDEX} reads from {file!r}, which is not a file of the checkpoint")
-        if file not in files:  # mapped, so that a slice of a chunk costs its own pages only
-            with open(path / file, "rb") as opened:  # private: torch insists on memory that it could write to
-                files[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        source = torch.frombuffer(files[file], dtype=target.dtype, count=math.prod(sizes), offset=start).view(sizes)
-        for dim, (offset, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
-            source = source.narrow(dim, offset, length)
-        target.copy_(source)
-
-
-def _dcp_metadata(index: dict[str, Any], state: dict[str, Tensor]) -> Metadata:
-    """The index as DCP's load planner wants it. Never BytesStorageMetadata: the planner unpickles those."""
-    tensors = {}
-    for name in state:
-        entry = index["tensors"][name]
-        chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(sizes)) for at, sizes, *_ in entry["chunks"]]
-        properties = TensorProperties(dtype=DTYPES[entry["dtype"]])
-        tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-    return Metadata(tensors)
 
 
 def _dotted(table: dict, prefix: str = "") -> dict[str, Any]:

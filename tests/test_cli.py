@@ -34,6 +34,13 @@ def test_help_imports_neither_torch_nor_numpy():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_programs_that_need_no_torch_do_not_wait_for_it():
+    """It takes seconds, and on a login node many."""
+    code = ("import sys; from stepladder.launch import compare, plot, prepare, status\n"
+            "assert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_the_help_lists_every_command():
     out = started("--help")[0].stdout
     for name in cli.COMMANDS:

@@ -18,7 +18,7 @@ from stepladder.launch.generate import Sampling, _next, choose, find, restore, s
 from stepladder.model.decoder import Decoder
 from stepladder.model.leaf import Leaf
 from stepladder.parallel.build import build
-from stepladder.parallel.checkpoint_folder import names
+from stepladder.parallel.checkpoint_read import names
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
 
