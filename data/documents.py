@@ -28,34 +28,45 @@ class Part(NamedTuple):
 
 def find(inputs: Sequence[str | Path], but: Path) -> list[Path]:
     """Files in the order they are read: as given, folders sorted; hidden files and the folder `but` are left out."""
-    named: dict[Path, Path] = {}  # by which input
+    seen: dict[tuple[int, int], tuple[Path, Path]] = {}  # file, by device and number -> input, and name in it
     files: list[Path] = []
     for given in map(Path, inputs):
         for file in _files(given, but):
-            if (other := named.setdefault(file.resolve(), given)) is not given:
-                both = "twice" if other == given else f"by {other} and by {given}"
-                raise ValueError(f"{file} is named {both}, and would count double: name it once")
+            status = file.stat()
+            other, before = seen.setdefault((status.st_dev, status.st_ino), (given, file))
+            if before is not file:
+                raise ValueError(f"{_twice(given, file, other, before)}: name it once")
             files.append(file)
     if not files:
         raise ValueError("no inputs given: name text files, .jsonl or .jsonl.zst files, or folders of them")
     return files
 
 
+def _twice(given: Path, file: Path, other: Path, before: Path) -> str:
+    if file != before:
+        return f"{file} and {before} are one file, which would count double"
+    return f"{file} is named {'twice' if other == given else f'by {other} and by {given}'}, and would count double"
+
+
 def _files(given: Path, but: Path) -> list[Path]:
     """Those of one input."""
-    if not given.is_dir():
-        if not given.is_file():
-            raise ValueError(f"{given}: {'neither file nor' if given.exists() else 'no such file or'} folder")
-        return [given]
-    if but.resolve() in (given.resolve(), *given.resolve().parents):
+    if not given.exists():
+        raise ValueError(f"{given}: no such file or folder")
+    if but.resolve() in (given.resolve(), *given.resolve().parents, *given.absolute().parents):
         raise ValueError(f"{given} lies in --out {but}, which is not read: name another --out")
-    if (given / manifest.FILE).is_file():
-        raise ValueError(f"{given} is a prepared corpus, no text: name it as shards in [data.sources] of a run")
-    inside = sorted(path for path in given.rglob("*") if path.is_file())
-    inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(given).parts)]
-    inside = [path for path in inside if but.resolve() not in path.resolve().parents]
-    if not inside:
-        raise ValueError(f"{given}: the folder holds no files")
+    if given.is_dir():
+        inside = sorted(path for path in given.rglob("*") if path.is_file())
+        inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(given).parts)]
+        inside = [path for path in inside if but.resolve() not in path.resolve().parents]
+        if not inside:
+            raise ValueError(f"{given}: the folder holds no files")
+    elif given.is_file():
+        inside = [given]
+    else:
+        raise ValueError(f"{given}: neither file nor folder")
+    # Shards of bytes may well be UTF-8.
+    if shard := next((path for path in inside if manifest.SHARD.fullmatch(path.name)), None):
+        raise ValueError(f"{shard.parent} is a prepared corpus, no text: name it as shards in [data.sources] of a run")
     return inside
 
 

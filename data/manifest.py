@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FILE = "manifest.json"
+SHARD = re.compile(r"shard-\d{5,}\.tar")  # as prepare names them
 FORMAT = 1
 DTYPES = ("uint16", "uint32")
 

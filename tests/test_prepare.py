@@ -208,24 +208,48 @@ def test_a_folder_that_would_be_left_out_whole_is_refused(tmp_path, monkeypatch,
         prepare(["in"], out)
 
 
+def test_a_file_that_prepare_could_write_over_is_refused(tmp_path, monkeypatch):
+    """Or remove, when it tidies up."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tokenizer.json", "shard-00000.json", "elsewhere"):
+        Path(name).write_text("one")
+    Path("out").mkdir()
+    Path("out/link").symlink_to("../elsewhere")
+    for given, out in (("tokenizer.json", "."), ("shard-00000.json", "."), ("out/link", "out"), ("elsewhere",) * 2):
+        with pytest.raises(ValueError, match=f"^{given} lies in --out {out}, which is not read: name another --out$"):
+            prepare([given], out)
+    assert {path.name for path in Path("out").iterdir()} == {"link"}
+
+
 def test_a_prepared_corpus_is_no_text(tmp_path):
+    """Not by itself, not among texts, not in parts, not before it is finished."""
     jsonl(tmp_path / "in" / "a.jsonl", ["one"])
-    prepare([tmp_path / "in"], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"/out is a prepared corpus, no text: name it as shards in \[data\.sources\]"):
-        prepare([tmp_path / "out"], tmp_path / "again")
+    prepare([tmp_path / "in"], tmp_path / "in" / "out")
+    refused = r"/in/out is a prepared corpus, no text: name it as shards in \[data\.sources\]"
+    for given in ("in/out", "in", "in/out/shard-00000.tar"):
+        with pytest.raises(ValueError, match=refused):
+            prepare([tmp_path / given], tmp_path / "again")
+    (tmp_path / "in" / "out" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=refused):
+        prepare([tmp_path / "in"], tmp_path / "again")
 
 
 def test_an_input_that_is_named_twice_is_refused_and_not_doubled(tmp_path, monkeypatch):
     jsonl(tmp_path / "in" / "a.jsonl", ["one"])
     (tmp_path / "link").symlink_to("in")
     monkeypatch.chdir(tmp_path)
+    os.link("in/a.jsonl", "hard.jsonl")
     for inputs, named in (
-        (["in", "in"], "twice"),
-        (["in", "in/a.jsonl"], "by in and by in/a.jsonl"),
-        (["in/a.jsonl", "link"], "by in/a.jsonl and by link"),
+        (["in", "in"], "in/a.jsonl is named twice, and"),
+        (["in", "in/a.jsonl"], "in/a.jsonl is named by in and by in/a.jsonl, and"),
+        (["in/a.jsonl", "link"], "link/a.jsonl and in/a.jsonl are one file, which"),
+        (["in", "hard.jsonl"], "hard.jsonl and in/a.jsonl are one file, which"),
     ):
-        with pytest.raises(ValueError, match=rf"/a\.jsonl is named {named}, and would count double: name it once$"):
+        with pytest.raises(ValueError, match=f"^{named} would count double: name it once$"):
             prepare(inputs, "out")
+    os.link("hard.jsonl", "in/b.jsonl")
+    with pytest.raises(ValueError, match=r"^in/b\.jsonl and in/a\.jsonl are one file"):
+        prepare(["in"], "out")
     assert not Path("out").exists()
 
 
