@@ -109,7 +109,11 @@ class Clock(Protocol):
 
 class _Timed(PipelineStage):
     """torch's stage. It tells the pipe's clock, if it has one, of each of its pieces of work, and has memory for what
-    comes of micro-batches under way alone: torch's has it for all of a step's, for good."""
+    comes of micro-batches under way alone: torch's has it for all of a step's, for good.
+
+    What goes out is torch's: NCCL lets go of a tensor that has been sent, but gloo's handle holds it, and schedules of
+    several spans a rank hold the handles until the step ends.
+    """
     pipe: Pipe
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,6 +144,8 @@ class _Timed(PipelineStage):
                            last_backward: bool = False) -> None:
         self._tell("B" if full_backward else "I", bwd_chunk_id, super().backward_one_chunk, loss, full_backward,
                    last_backward)
+        if loss is not None:                # torch keeps it until the step ends: its graph would hold what came in
+            loss.detach_()
         for received in (self.args_recv_info, self.grad_recv_info):
             _move(received.get(bwd_chunk_id, ()), META)
 

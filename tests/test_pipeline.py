@@ -258,24 +258,38 @@ def test_steps_evaluations_and_checkpoints_of_a_tied_model_are_those_of_one_rank
         agrees(rank, want)
 
 
-def held(rank: int, n: int, schedule: str) -> list[int]:
-    """How many tensors like a stage's output there are when the first forward begins, after a step, after an
-    evaluation."""
-    found, parts = [], build(tiny.config(), Mesh(piped(schedule), CPU, rank, n), seed=0)
+def streams() -> list[Tensor]:
+    """All tensors like what crosses between stages of the micro-batches below."""
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) is Tensor and x.shape == (3, 17, 32) and not x.is_meta]
 
-    def look() -> None:
-        gc.collect()
-        found.append(sum(type(x) is Tensor and x.shape == (3, 17, 32) and not x.is_meta for x in gc.get_objects()))
+
+def held(rank: int, n: int, schedule: str) -> list[int]:
+    """How many there are when the first forward begins, after a step, after an evaluation."""
+    found, parts = [], build(tiny.config(), Mesh(piped(schedule), CPU, rank, n), seed=0)
 
     def first(*_: Any) -> None:
         once.remove()
-        look()
+        found.append(len(streams()))
 
     once = parts.pipe.stages[0].register_forward_pre_hook(first)
     for train in (True, False):
         parts.pipe([tiny.micro(3, 17, seed=i) for i in range(6)], train=train)
-        look()
+        found.append(len(streams()))
     return found
+
+
+def received(rank: int, n: int, schedule: str) -> list[int]:
+    """The most at once that came from another stage, in a step of 6 and in one of 12 micro-batches."""
+    found, most, parts = [], [], build(tiny.config(), Mesh(piped(schedule), CPU, rank, n), seed=0)
+    for stage in parts.pipe.stages:
+        stage.register_forward_pre_hook(
+            lambda *_: found.append(sum(x.is_leaf and x.requires_grad for x in streams())))
+    for micros in (6, 12):
+        parts.pipe([tiny.micro(3, 17, seed=i) for i in range(micros)])
+        most.append(max(found))
+        found.clear()
+    return most
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -285,6 +299,14 @@ def test_prepare_infra_makes_no_memory_but_for_micro_batches_under_way(schedule:
     for first, *left in ranks.run(2, held, schedule):
         assert first <= 4
         assert left == [0, 0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_internal_losses_do_not_keep_what_came_in_of_micro_batches_that_are_done(schedule: str) -> None:
+    """torch's private `_internal_losses`: the last stage's of a step, whose graphs lead back to its inputs."""
+    most = ranks.run(2, received, schedule)
+    assert all(few == many for few, many in most)
+    assert max(max(rank) for rank in most) > 0
 
 
 def test_an_evaluation_has_no_more_micro_batches_at_once_than_a_step() -> None:
