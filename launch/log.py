@@ -57,7 +57,8 @@ class Log:
 
     def step(self, record: dict[str, Any]) -> None:
         """Record one step: step, tokens and skipped (so far), loss, eval_loss, lr, grad_norm, tokens_per_s, mfu,
-        memory_gib, data_wait (a share), load and entropy (lists). All but step may be missing or 0-d tensors."""
+        memory_gib (of the rank that took most), data_wait (a share), load and entropy (lists). All but step may be
+        missing or 0-d tensors."""
         if not self.main:
             return
         record = {name: _plain(value) for name, value in record.items()}

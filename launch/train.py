@@ -43,11 +43,11 @@ class TrainingError(RuntimeError):
     """The run cannot go on; what was saved is intact."""
 
 
-def train_step(parts: Parts, optimizer: Optimizer, batches: list[data.Batch], lr: float) -> Report:
+def train_step(parts: Parts, optimizer: Optimizer, batches: list[data.Batch], lr: float, memory: float) -> Report:
     """One optimizer step over this rank's micro-batches. Nothing here waits for the device."""
     result = parts.pipe([micro(b, parts.mesh.device) for b in batches])
     parts.sums()
-    return optimizer.step(result, lr)
+    return optimizer.step(result, lr, memory)
 
 
 def micro(b: data.Batch, device: torch.device) -> Micro:
@@ -116,6 +116,7 @@ class Trainer:
                        every=run.train.log_every)
         self.flops = 3 * flops(run.model, run.data.seq)
         self.peak = hardware.peak(self.device) * self.world.size
+        self.memory = hardware.memory(self.device)           # of this rank, in GiB, as of the last record
         self.clock = Clock()
         self.header: dict[str, Any] = {"mesh": repr(self.mesh)}      # of the first record
         self._introduce(start)
@@ -193,7 +194,7 @@ class Trainer:
             self.cursor = batches[-1].cursor
             self.tokens += self.run.data.batch_tokens
             lr = lr_at(self.at, self.run.optimizer, t.steps)
-            report = train_step(self.parts, self.optimizer, batches, lr)
+            report = train_step(self.parts, self.optimizer, batches, lr, self.memory)
             for mark in marks:
                 mark()
             late = Late(self.at, self.tokens, lr, report, self.loader.waited)
@@ -234,7 +235,8 @@ class Trainer:
         meta = {"config": config.dump(self.run), "manifest": self.loader.manifest_hash, "step": self.at,
                 "tokens": self.tokens, "cursor": whole,
                 "tokenizer": {"name": self.tokenizer.name, "hash": self.tokenizer.hash}}
-        self.store.save(self.at, self.optimizer.state(), meta, shapes=self.optimizer.shapes())
+        state, shapes = self.optimizer.state(), self.optimizer.shapes()
+        self.optimizer.copying = self.store.save(self.at, state, meta, shapes=shapes)
 
     def evaluate(self) -> float:
         """Mean negative log-likelihood of the first held-out rows, the same ones every time."""
@@ -255,10 +257,11 @@ class Trainer:
         r, arrived = late.read()
         took, waited = self.clock.lap(arrived, late.waited)
         speed = self.run.data.batch_tokens / took
+        self.memory = hardware.memory(self.device)
         record = {"step": late.step, "loss": float(r.nll), "tokens": late.tokens, "lr": late.lr,
                   "grad_norm": float(r.norm), "tokens_per_s": speed,
                   "mfu": speed * self.flops / self.peak if self.peak else None,
-                  "memory_gib": hardware.memory(self.device), "data_wait": waited / took,
+                  "memory_gib": max(self.memory, float(r.memory.max())), "data_wait": waited / took,
                   "load": self.optimizer.crowds(r.load),
                   "entropy": r.entropy.tolist(), "balance": r.balance.tolist(), "skipped": int(r.skipped)}
         if evaluate:

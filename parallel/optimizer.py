@@ -27,6 +27,7 @@ class Report(NamedTuple):
     balance: Tensor       # (M,) mean balance loss
     skipped: Tensor       # () steps skipped so far
     streak: Tensor        # () of them in a row, up to now
+    memory: Tensor        # (ranks,) GiB that each said it took
 
 
 class Optimizer:
@@ -39,6 +40,7 @@ class Optimizer:
     def __init__(self, parts: Parts, *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1, clip: float = 1.0):
         self.parts, self.clip = parts, clip
+        self.copying: torch.cuda.Event | None = None             # when a checkpoint has copied what steps change
         self.zero = None
         if parts.mesh.layout.engine == "deepspeed":
             self.zero = Zero(parts, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -56,6 +58,7 @@ class Optimizer:
             self.adam.state[p] = {"step": self.steps.to(p.device, copy=True), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
         self.skipped, self.streak = (torch.zeros((), device=parts.mesh.device) for _ in range(2))
+        self.memory = torch.zeros(parts.mesh.size, device=parts.mesh.device)   # this rank's is not 0
         self.moe = {int(name): b.channel for decoder in parts.decoders
                     for name, b in zip(decoder.blocks, blocks(decoder), strict=True) if isinstance(b.channel, MoE)}
         # Pieces that several ranks hold count once in the global norm.
@@ -67,10 +70,16 @@ class Optimizer:
         self.top_k = torch.tensor([float(kinds[i].channel.top_k) for i in self.routed], device=parts.mesh.device)
 
     @torch.no_grad()
-    def step(self, result: Result, lr: float) -> Report:
-        """Clip, update, forget the gradients. Call after the gradient sums; every rank of the world calls it."""
+    def step(self, result: Result, lr: float, memory: float = 0.0) -> Report:
+        """Clip, update, forget the gradients. Call after the gradient sums; every rank of the world calls it.
+
+        memory: GiB that this rank takes, for the report."""
+        self.memory[self.parts.mesh.rank].fill_(memory)
         report = self._report(result)
         norm, count = report.norm, report.count.to(report.norm.dtype)
+        if self.copying is not None:
+            torch.cuda.current_stream().wait_event(self.copying)
+            self.copying = None
         if self.zero is not None:
             together = lambda theirs: report.norm.hypot(theirs / count)
             norm = together(self.zero.step(lr, self.steps, lambda theirs: self._verdict(together(theirs), count)))
@@ -123,15 +132,16 @@ class Optimizer:
             row = layers[self.routed.index(layer)]
             row[:s.load.shape[0]], row[E], row[E + 1] = s.load.to(kind), s.entropy.to(kind), s.balance.to(kind)
         one = torch.stack([x.to(kind) for x in (result.loss, result.nll, result.count)]) / mesh.tp
-        sums = torch.cat([(squares * self.once.to(kind)).sum().view(1), one, layers.flatten()])
+        # A place for each rank: the sum has the largest, too.
+        sums = torch.cat([(squares * self.once.to(kind)).sum().view(1), one, layers.flatten(), self.memory.to(kind)])
         if not mesh.alone:
             dist.all_reduce(sums)
         square, loss, nll, count = sums[:4].unbind()
         count = count.clamp_min(1.0)
-        layers = sums[4:].view(M, E + 2)
+        layers, memory = sums[4:-mesh.size].view(M, E + 2), sums[-mesh.size:]
         tokens = (layers[:, :E].sum(1) / self.top_k).clamp_min(1.0)
         return Report(loss / count, nll / count, count, square.sqrt() / count, layers[:, :E], layers[:, E] / tokens,
-                      layers[:, E + 1] / tokens, self.skipped, self.streak)
+                      layers[:, E + 1] / tokens, self.skipped, self.streak, memory)
 
     def crowds(self, load: Tensor) -> list[float]:
         """By how much the fullest expert of each MoE layer exceeds the mean. load: a report's, on the host."""

@@ -18,7 +18,7 @@ import ranks
 import tiny
 import torch
 
-from stepladder.launch import cli
+from stepladder.launch import cli, hardware
 from stepladder.parallel import checkpoint
 from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Store
@@ -279,10 +279,25 @@ def test_a_profile_is_a_trace_of_a_few_steps(folder: Path) -> None:
     assert sum(e["name"].startswith("Optimizer.step") for e in events) == 3
 
 
-def test_a_timeline_is_a_picture_of_a_step(folder: Path) -> None:
-    run, more = folder / "drawn", ("parallel.pp=2", "parallel.schedule=zero-bubble")
-    ranks.run(2, lambda_train, folder / "run0.toml", run, ("--steps-now", "3", "--timeline", *more))
-    assert (run / "timeline.png").read_bytes()[:4] == b"\x89PNG"
+@pytest.fixture(scope="module")
+def piped(folder: Path) -> Path:
+    """A run of two ranks, the second of which takes more memory."""
+    run, more = folder / "piped", ("parallel.pp=2", "parallel.schedule=zero-bubble")
+    ranks.run(2, lopsided, folder / "run0.toml", run, ("--steps-now", "3", "--timeline", *more))
+    return run
+
+
+def lopsided(rank: int, n: int, config: Path, run: Path, more: tuple[str, ...]) -> None:
+    hardware.memory = lambda device: 1.5 + rank
+    lambda_train(rank, n, config, run, more)
+
+
+def test_the_memory_logged_is_that_of_the_rank_that_takes_most(piped: Path) -> None:
+    assert [r["memory_gib"] for r in records(piped).values()] == [2.5, 2.5, 2.5]
+
+
+def test_a_timeline_is_a_picture_of_a_step(piped: Path) -> None:
+    assert (piped / "timeline.png").read_bytes()[:4] == b"\x89PNG"
 
 
 EVALUATED = ("data.heldout=0.3", "train.eval_every=3", "train.eval_batches=2", "--steps-now", "6")
