@@ -125,20 +125,24 @@ class Store:
         self.token = self.ranks.share(secrets.token_hex(4))
         self.agreement: Agreement | None = None
         self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.stream: torch.cuda.Stream | None = None
         self.thread: threading.Thread | None = None
         self.saved: int | None = None  # the step last saved or loaded
         self.sound: Path | None = None  # its checksums were compared here
 
-    def save(self, step: int, state: dict[str, Tensor], meta: dict, *, shapes: dict[str, tuple[int, ...]]) -> None:
+    def save(self, step: int, state: dict[str, Tensor], meta: dict, *,
+             shapes: dict[str, tuple[int, ...]]) -> torch.cuda.Event | None:
         """Save state (DTensors on every rank that holds a part; plain tensors equal everywhere) as step.
 
         shapes: the declared global shape of every name in state. meta: JSON values with string keys; rank 0's is kept.
-        Returns when the tensors have been copied (on a GPU: when the copies are queued), so they may change at once.
+        Returns when the tensors have been copied, so they may change at once; on a GPU when the copies are queued
+        beside the kernels to come, and then what changes the tensors must wait for the event that is returned.
         Raises CheckpointError on all ranks if state is not what was declared; a failure to write is reported instead.
         """
         self.finish()
         if step == self.saved:
-            return self.note(f"step {step} is saved already")
+            self.note(f"step {step} is saved already")
+            return None
         text = json.dumps(meta)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         agreement = self.agreement = self._agree(planner, state, shapes)
@@ -151,6 +155,7 @@ class Store:
             self.thread.start()
         else:
             self._write(*work)
+        return copied
 
     def finish(self) -> None:
         """Wait for the save under way; a program that ends without this loses it. Failures are in self.failures."""
@@ -233,14 +238,17 @@ class Store:
         cuda = any(part.is_cuda for _, _, part in parts)
         if len(self.buffer) != agreement.size:
             self.buffer = _host_buffer(agreement.size, pinned=cuda)
-        for start, item, part in parts:
-            room = self.buffer[start : start + _box(item)[3]].view(part.dtype).view(part.shape)
-            room.copy_(part, non_blocking=True)
-        if not cuda:
+        if cuda:  # a stream of their own: the pass that follows does not wait for them
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # none: no change
+            for start, item, part in parts:
+                room = self.buffer[start : start + _box(item)[3]].view(part.dtype).view(part.shape)
+                room.copy_(part, non_blocking=True)
+        if self.stream is None:
             return None
-        # Later kernels queue behind the copies, so the tensors may change at once; only the thread waits.
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(self.stream)
         return copied
 
     def _write(self, step: int, agreement: Agreement, meta: str, copied: torch.cuda.Event | None) -> None:

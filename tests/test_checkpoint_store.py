@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import os
+import random
 import resource
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,12 +86,26 @@ def test_changes_right_after_save_returns_are_not_saved(tmp_path):
         assert (state["w"] == step).all()
 
 
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 5300])
+def test_the_checksum_of_a_file_is_joined_from_those_of_its_pieces(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(checkpoint_folder, "PIECE", 1000)
+    data = random.Random(size).randbytes(size)
+    assert checkpoint_folder.write_file(tmp_path / "file", memoryview(data)) == f"{zlib.crc32(data):08x}"
+    assert (tmp_path / "file").read_bytes() == data
+
+
 @pytest.mark.gpu
-def test_tensors_on_a_gpu_may_change_while_their_copies_are_queued(tmp_path):
-    store, w = Store(tmp_path), torch.ones(1 << 26, device="cuda")
+def test_kernels_run_beside_the_copies_of_a_gpu_and_what_changes_tensors_waits_for_them(tmp_path):
+    store, w = Store(tmp_path), torch.ones(1 << 28, device="cuda")
     for step in (1, 2):
         w.fill_(step)
-        store.save(step, {"w": w}, {}, shapes={"w": (1 << 26,)})
+        copied = store.save(step, {"w": w}, {}, shapes={"w": (1 << 28,)})
+        done = torch.cuda.current_stream().record_event()
+        assert copied is not None
+        if step == 2:  # the first makes the buffer
+            done.synchronize()
+            assert not copied.query()  # 1 GiB takes 20 ms
+        torch.cuda.current_stream().wait_event(copied)
         w.fill_(-1.0)
     assert store.buffer.is_pinned()  # torch.cuda.cudart().cudaHostRegister
     store.finish()

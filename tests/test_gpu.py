@@ -209,6 +209,26 @@ def test_a_non_finite_step_changes_nothing() -> None:
     assert all(torch.equal(before[name], w) for name, w in p.parameters().items())
 
 
+def test_a_step_changes_nothing_that_a_checkpoint_still_copies() -> None:
+    p = parts(dtype=torch.bfloat16)
+    optimizer, beside, busy = Optimizer(p), torch.cuda.Stream(), torch.randn(8192, 8192, device=GPU)
+    state, seen = optimizer.state(), {}
+    before = {name: x.clone() for name, x in state.items()}
+    result = p.pipe([batch(0)])
+    p.sums()
+    with torch.cuda.stream(beside):
+        for _ in range(20):                    # 20 ms apiece in fp32
+            busy = (busy @ busy).mul_(1e-2)
+        seen = {name: x.clone() for name, x in state.items()}
+        optimizer.copying = torch.cuda.Event()
+        optimizer.copying.record()
+    optimizer.step(result, 1e-3)
+    torch.cuda.synchronize()
+    for name, x in before.items():
+        assert torch.equal(seen[name], x), name
+        assert not torch.equal(state[name], x) or name in ("optimizer/skipped", "optimizer/streak"), name
+
+
 def test_a_recorded_pass_equals_one_that_the_host_starts() -> None:
     """Losses, statistics and gradients over three micro-batches of two shapes, and the steps made of them."""
     def run(**kw: Any) -> list[torch.Tensor]:
