@@ -54,8 +54,11 @@ def _mesh(run: Run, world: int) -> None:
     _divides("the number of processes", world, "parallel.tp x parallel.pp", p.tp * p.pp,
              f"start a multiple of {p.tp * p.pp}, or lower parallel.tp or parallel.pp")
     dp = world // (p.tp * p.pp)
-    _divides("dp", dp, "parallel.dp_replicate", p.dp_replicate, f"set parallel.dp_replicate to a divisor of {dp}")
-    _divides("dp x tp", dp * p.tp, "parallel.ep", p.ep, f"set parallel.ep to a divisor of {dp * p.tp}")
+    way_out = lambda processes, key, number: f"start a multiple of {processes}, or set {key} to a divisor of {number}"
+    _divides("dp", dp, "parallel.dp_replicate", p.dp_replicate,
+             way_out(p.pp * p.tp * p.dp_replicate, "parallel.dp_replicate", dp))
+    _divides("dp x tp", dp * p.tp, "parallel.ep", p.ep,
+             way_out(p.pp * math.lcm(p.tp, p.ep), "parallel.ep", dp * p.tp))
 
 
 def _heads(run: Run, world: int) -> None:

@@ -197,8 +197,9 @@ TP2 = {"parallel.tp": 2}
     (1, {"data.sources.plays.shards": "http://host/plays", "data.fetch_minutes": 6.5}, "data.fetch_minutes = 6.5, half "
      "of it again, and data.stall_seconds = 30 for shards that do not come, but a step may take "
      "train.collective_minutes = 10; lower the former or raise"),
-    (2, {"parallel.dp_replicate": 4}, "dp = 2 is not divisible by parallel.dp_replicate = 4; set"),
-    (2, {"parallel.ep": 3}, "dp x tp = 2 is not divisible by parallel.ep = 3; set"),
+    (2, {"parallel.dp_replicate": 4}, "dp = 2 is not divisible by parallel.dp_replicate = 4; start a multiple of 4"),
+    (1, {"parallel.ep": 4}, "dp x tp = 1 is not divisible by parallel.ep = 4; start a multiple of 4, or set"),
+    (2, TP2 | {"parallel.ep": 3}, "dp x tp = 2 is not divisible by parallel.ep = 3; start a multiple of 6, or"),
     (2, TP2 | {"model.vocab": 255}, "model.vocab = 255 is not divisible by parallel.tp = 2; round it up to 256"),
     (2, TP2 | {"model.width": 63}, "model.width = 63 is not divisible by parallel.tp = 2; "),
     (2, TP2 | {"model.blocks.gla.token.heads": 3}, "model.blocks.gla.token.heads = 3 is not divisible by "),
