@@ -170,11 +170,12 @@ class Store:
         """
         self.finish()
         self.passed = []
-        for path in self.ranks.share(steps(self.folder)):
+        found = self.ranks.share(steps(self.folder))
+        for path in found:
             reason = self._fault(path)
             if reason is None:
-                for text in self.passed:
-                    self.note(f"passed over {text}; taking {path.name} instead")
+                for newer, text in zip(found, self.passed, strict=False):
+                    self.note(f"passed over {newer.name}: {text}; taking {path.name} instead")
                 return path
             self.passed.append(reason)
         if faults := "; ".join(self.passed):

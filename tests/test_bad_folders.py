@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_passed_over_but_the_last_one_is_not_replaced_by
     first, second = sorted(FOLDER.glob("checkpoints/*/rank-00000.bin"))
     os.truncate(second, 9)
     out = train("train.steps=1")
-    assert f"passed over {second} has 9 bytes instead of " in out
+    assert f"passed over step-00000002: {second} has 9 bytes instead of " in out
     assert "taking step-00000001 instead" in out
     (passed,) = events.read(FOLDER)[-2]["passed_over"]
     assert passed.startswith(f"{second} has 9 bytes instead of ")
