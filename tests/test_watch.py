@@ -28,7 +28,7 @@ from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Ranks
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
-from stepladder.parallel.watch import BEAT, EXIT, HELD, SURE, LostRank, Watch, watch
+from stepladder.parallel.watch import BEAT, EXIT, HELD, LISTEN, SURE, LostRank, Watch, watch
 
 CPU = torch.device("cpu")
 LIMIT = 3.0
@@ -290,6 +290,20 @@ def test_a_rank_that_does_not_answer_but_beats_is_not_suspected_for_long() -> No
     finally:
         for w in pair:
             w.stop("")
+
+
+@pytest.mark.parametrize(("times", "gone"), [(1.9, False), (2.1, True)])
+def test_a_rank_that_is_only_suspected_has_twice_as_long_to_beat_as_others(times: float, gone: bool) -> None:
+    """It beats again after so many times as long, on a clock that runs only while it is listened to."""
+    words, pair = dist.HashStore(), (Watch(), Watch())
+    for rank, w in enumerate(pair):
+        w.start(Mesh(Parallel(), CPU, rank, 2), words, 60)
+        w.ended.set()                                 # their own threads would beat
+        w.thread.join()
+    pair[0].ended = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+        wait=lambda seconds: seconds > times * LISTEN * BEAT and pair[1]._say())
+    pair[0].suspect([1])
+    assert pair[0].store.check(["alarm"]) is gone
 
 
 class Handle:
