@@ -301,6 +301,21 @@ def test_prepare_infra_makes_no_memory_but_for_micro_batches_under_way(schedule:
         assert left == [0, 0]
 
 
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_prepare_infra_that_fails_leaves_a_stage_on_its_own_device(monkeypatch: pytest.MonkeyPatch, half: str) -> None:
+    stage, where = object.__new__(pipeline._Timed), []
+    stage.device = CPU
+
+    def fails(self: Any) -> None:
+        where.append(self.device)
+        raise ValueError("no room")
+
+    monkeypatch.setattr(pipeline.PipelineStage, f"_prepare_{half}_infra", fails)
+    with pytest.raises(ValueError, match="no room"):
+        getattr(stage, f"_prepare_{half}_infra")()
+    assert (where, stage.device) == ([pipeline.META], CPU)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_internal_losses_do_not_keep_what_came_in_of_micro_batches_that_are_done(schedule: str) -> None:
     """torch's private `_internal_losses`: the last stage's of a step, whose graphs lead back to its inputs."""
