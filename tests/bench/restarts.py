@@ -3,7 +3,7 @@
     python tests/bench/restarts.py RUN.toml [section.key=value ...]                # one process, one GPU or none
     python tests/bench/restarts.py RUN.toml --ranks 4 [section.key=value ...]      # under torchrun, which restarts it
 
-The run is killed (SIGKILL, one rank of it) two steps after its second checkpoint and goes on to the end. Times are
+The run is killed (SIGKILL, one rank of it) two steps after its second checkpoint and goes on past its third. Times are
 those at which lines arrive in metrics.jsonl, so every step is logged unless --log-every says otherwise; what logging
 costs is the difference between two runs of this program.
 """
@@ -27,10 +27,11 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.folder, self.read, self.seen = folder, 0, []
+        self.alone = args.ranks == 1
         launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3", "--nproc-per-node",
-                    str(args.ranks)] if args.ranks > 1 else []
+                    str(args.ranks)] if not self.alone else []
         self.command = [sys.executable, *launcher, "-m", "stepladder.launch.cli", "train", str(args.run), "--folder",
-                        str(folder), f"checkpoint.every={args.every}", f"train.steps={4 * args.every}",
+                        str(folder), f"checkpoint.every={args.every}",
                         f"train.log_every={args.log_every}", *args.change]
         self.published: dict[str, float] = {}
         self.start()
@@ -43,8 +44,7 @@ class Run:
         """Wait for a step; (step, when) of the lines that came since the last call."""
         file, got, rest = self.folder / "metrics.jsonl", [], b""
         while not got or got[-1][0] < step:
-            if self.process.poll() not in (None, 0) or (self.process.poll() == 0 and not file.exists()):
-                sys.exit(f"the run ended with {self.process.returncode}")
+            ended = self.process.poll()
             for path in self.folder.glob("checkpoints/*"):
                 if ".tmp" not in path.name:
                     self.published.setdefault(path.name, time.perf_counter())
@@ -56,14 +56,21 @@ class Run:
                 *lines, rest = new.split(b"\n")
                 self.read += len(new) - len(rest)
                 got += [(json.loads(x)["step"], time.perf_counter()) for x in lines]
+            if ended is not None:
+                sys.exit(f"the run ended with {ended}; its last step is {got[-1][0] if got else 'none'}, not {step}")
             time.sleep(0.002)
         self.seen += got
         return got
 
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks, which are the launcher's children, or of the one."""
+    def last_rank(self) -> int:
+        """Process id of the last rank: the launcher's last child, or the one process, whose children read shards."""
         out = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
-        return [int(x) for x in out] or [self.process.pid]
+        return self.process.pid if self.alone else int(out[-1])
+
+    def end(self) -> None:
+        """A launcher's ranks save first; one process is of no more use."""
+        self.process.kill() if self.alone else self.process.terminate()
+        self.process.wait()
 
 
 def main() -> None:
@@ -81,21 +88,25 @@ def main() -> None:
         steps = run.until(2 * args.every + 2)
         size = max(sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
                    for path in run.folder.glob("checkpoints/*"))
-        victim, at = run.ranks()[-1], time.perf_counter()
+        victim, at = run.last_rank(), time.perf_counter()
         os.kill(victim, signal.SIGKILL)
         if args.ranks == 1:
-            run.process.wait()
+            run.end()
             run.start()
         again = run.until(2 * args.every + 1 if args.ranks > 1 else 0)
         print(f"kill to next step ({again[0][0]}): {again[0][1] - at:.1f} s", flush=True)
-        steps += [(0, 0.0), *again, *run.until(4 * args.every)]
-        run.process.wait()
+        steps += [(0, 0.0), *again, *run.until(3 * args.every + 5)]
+        run.end()
     took = {n: b - a for (m, a), (n, b) in pairwise(steps) if n == m + args.log_every and n > 5}
-    saving = [t for n, t in took.items() if n % args.every == 1]
-    usual = [t for n, t in took.items() if n % args.every != 1]
-    print(f"a step: {1e3 * median(usual) / args.log_every:.2f} ms, median of {len(usual)}")
-    if saving:
-        print(f"after a save: {1e3 * median(saving):.2f} ms, {100 * (median(saving) / median(usual) - 1):.1f} % more")
+    usual = median(t for n, t in took.items() if n % args.every > 2)
+    print(f"a step: {1e3 * usual / args.log_every:.2f} ms, median of {len(took)}")
+    # Its own line, and with it the call of save, comes before the line of the step; the step after it waits for copies.
+    saves = [n for n in took if n % args.every == 0 and {n + 1, n + 2} <= {*took}]
+    for n in saves:
+        extra = [took[n + i] - usual for i in (0, 1, 2)]
+        share = sum(extra) / usual
+        print(f"a save: {', '.join(f'{1e3 * x:+.1f}' for x in extra)} ms for its step and the next two, "
+              f"{100 * share:.1f} % of a step, {100 * share / args.every:.2f} % of the {args.every} from save to save")
     when = dict(steps)
     done = [t - when[n] for name, t in run.published.items()
             if (n := int("".join(filter(str.isdigit, name)) or 0)) in when]
