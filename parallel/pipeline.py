@@ -180,9 +180,10 @@ class _Timed(PipelineStage):
         return [self._apart(op) for op in found]
 
     def _apart(self, op: dist.P2POp) -> dist.P2POp:
+        """Without the graph, which from a handle leads to what came in; torch 2.13 leaves it out itself."""
         mesh = self.pipe.mesh
         way = (mesh.pp_rank, op.group_peer) if op.op is dist.isend else (op.group_peer, mesh.pp_rank)
-        return dist.P2POp(op.op, op.tensor, op.peer, mesh.edges[way]) if way in mesh.edges else op
+        return dist.P2POp(op.op, op.tensor.detach(), op.peer, mesh.edges.get(way, op.group))
 
     def _tell(self, kind: str, micro: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         clock = self.pipe.clock

@@ -103,7 +103,7 @@ def by_edges(rank: int, n: int, schedule: str) -> tuple[list[str], list[tuple[in
     made, used = mesh._edges(), []
 
     class Edges(dict[tuple[int, int], Any]):
-        def __getitem__(self, way: tuple[int, int]) -> Any:
+        def get(self, way: tuple[int, int], default: Any = None) -> Any:
             used.append(way)
             return made[way]
 
