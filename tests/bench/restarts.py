@@ -21,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from stepladder.launch import config, rules
+
 
 class Run:
     """A program under way, and when its lines arrived."""
@@ -31,8 +33,7 @@ class Run:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3", "--nproc-per-node",
                     str(args.ranks)] if not self.alone else []
         self.command = [sys.executable, *launcher, "-m", "stepladder.launch.cli", "train", str(args.run), "--folder",
-                        str(folder), f"checkpoint.every={args.every}",
-                        f"train.log_every={args.log_every}", *args.change]
+                        str(folder), *args.change]
         self.published: dict[str, float] = {}
         self.start()
 
@@ -81,6 +82,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=15, help="steps from checkpoint to checkpoint")
     parser.add_argument("--log-every", type=int, default=1)
     args = parser.parse_intermixed_args()
+    args.change = [f"checkpoint.every={args.every}", f"train.log_every={args.log_every}", *args.change]
+    try:
+        rules.check(config.load(args.run, args.change), args.ranks)
+    except (OSError, ValueError) as error:         # torchrun would start it four times, and bury the sentence
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(args, Path(scratch) / "run")
         first = run.until(1)[0][1] - run.began
