@@ -89,9 +89,9 @@ def _tensor(run: Run, world: int) -> None:
 
 def _copies(run: Run, world: int) -> None:
     p, way_out = run.parallel, "set parallel.copies = false"
-    if p.copies and p.tp == 1:
-        raise ConfigError(f"parallel.copies = true moves the sums of tensor parallelism, but parallel.tp = 1; "
-                          f"{way_out} or raise parallel.tp")
+    if p.copies and p.tp == p.ep == 1:
+        raise ConfigError(f"parallel.copies = true moves the sums of tensor and the rows of expert parallelism, but "
+                          f"parallel.tp = 1 and parallel.ep = 1; {way_out} or raise one of them")
     if p.copies and derived(run, world).device == "cpu":
         raise ConfigError(f"parallel.copies = true copies from GPU to GPU, but this run is on the CPU; {way_out}")
 

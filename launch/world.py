@@ -240,20 +240,21 @@ def _mpi_address(w: World) -> str:
 
 def refuse_far_copies(run: Run, w: World) -> None:
     """Raises ValueError for copy engines that would have to reach another machine."""
-    if run.parallel.copies and _far(run, w):
-        raise ValueError(f"parallel.copies = true copies between GPUs of one machine, but parallel.tp = "
-                         f"{run.parallel.tp} leaves its machine, which has {w.local_size} ranks; set it to false")
+    for axis, n in (("tp", run.parallel.tp), ("ep", run.parallel.ep)):
+        if run.parallel.copies and _far(n, w):
+            raise ValueError(f"parallel.copies = true copies between GPUs of one machine, but parallel.{axis} = {n} "
+                             f"leaves its machine, which has {w.local_size} ranks; set it to false")
 
 
-def _far(run: Run, w: World) -> bool:
-    """Whether tensor parallelism leaves the machine, as far as a launcher told."""
-    return 0 < w.local_size < w.size and w.local_size % run.parallel.tp != 0
+def _far(n: int, w: World) -> bool:
+    """Whether groups of n neighbours leave the machine, as far as a launcher told."""
+    return 0 < w.local_size < w.size and w.local_size % n != 0
 
 
 def slow_link(run: Run, w: World, flops: float, peak: float) -> str | None:
     """A warning where tensor parallelism leaves the machine, with what it costs. flops: of a token, both passes."""
     tp, local = run.parallel.tp, w.local_size
-    if not _far(run, w):
+    if not _far(tp, w):
         return None
     size = 8 if run.train.dtype == "fp64" else 4 if run.train.dtype == "fp32" else 2
     # A ring moves 2 (n - 1) / n of a tensor; a layer sums four, two of them in the backward pass.

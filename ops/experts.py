@@ -58,10 +58,15 @@ def send(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return permute(x.flatten(0, -2), order, inverse, ids.shape[-1]), order, inverse
 
 
-def regroup(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+class Sorted(NamedTuple):
+    order: Tensor          # (N,) that sorts rows by expert
+    inverse: Tensor        # (N,)
+    ends: Tensor           # (E,) where each expert's rows end, sorted
+
+
+def regroup(counts: Tensor, device: torch.device) -> Sorted:
     """counts (R, E), on the host: rows have come from R ranks one after the other, each rank's sorted by expert.
 
-    -> on `device`, the order (N,) that sorts them all by expert, its inverse, and where each expert's rows end (E,).
     Without a sort: what one rank sent to one expert stays together, and where that goes is known from the counts.
     """
     came = counts.flatten().cumsum(0).view_as(counts).t().flatten()       # (E R,) where a piece ended as it came
@@ -69,7 +74,7 @@ def regroup(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     known, at = torch.stack([ends, came - ends]), torch.arange(int(ends[-1]), device=device)
     ends, away = (known.pin_memory() if device.type == "cuda" else known).to(device, non_blocking=True)
     order = at + away.index_select(0, torch.searchsorted(ends, at, right=True))
-    return order, invert(order), ends[counts.shape[0] - 1::counts.shape[0]]
+    return Sorted(order, invert(order), ends[counts.shape[0] - 1::counts.shape[0]])
 
 
 class Scores(NamedTuple):

@@ -12,6 +12,7 @@ from stepladder.model.decoder import Decoder, blocks, skeleton
 from stepladder.model.leaf import Decl, Leaf, declared
 from stepladder.ops.compiled import allow_variants
 from stepladder.parallel import init
+from stepladder.parallel.copies import Rows
 from stepladder.parallel.expert import AllToAll, Carry
 from stepladder.parallel.flight import Lanes
 from stepladder.parallel.labels import label
@@ -69,8 +70,10 @@ def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch
     if cfg.tied and len(decoders) > 1 and decoders[0].embed is not None and decoders[-1].embed is not None:
         decoders[-1].embed = decoders[0].embed        # both ends of a V: one table
         decoders[0].embed.replicated = True           # which two FSDP roots cannot share
+    copied = mesh.layout.copies and mesh.ep > 1 and mesh.device.type == "cuda"
+    rows = Rows(mesh.group("ep"), mesh.device) if copied else None       # one for all: its memory is large
     for decoder in decoders:
-        connect(decoder, mesh)
+        connect(decoder, mesh, rows)
         _choose(decoder, recompute, compiled)
     stages = [Stage(decoder) for decoder in decoders]
     sharded = {k: v for stage in stages for k, v in wrap(stage, stage.decoder, mesh, dtype).items()}
@@ -104,15 +107,15 @@ def _choose(decoder: Decoder, recompute: str, compiled: bool) -> None:
         decoder.head.compiled = True
 
 
-def connect(decoder: Decoder, mesh: Mesh) -> None:
-    """Give every sublayer its way to the other ranks."""
+def connect(decoder: Decoder, mesh: Mesh, rows: Rows | None) -> None:
+    """Give every sublayer its way to the other ranks. rows: how they travel to experts, if not by NCCL."""
     if mesh.tp * mesh.ep == 1:
         return
     lanes = Lanes(mesh.device)
     ranks = lambda axis, copies=False: Ranks(lanes, mesh.group(axis), mesh.beside(axis), copies)
     tp = ranks("tp", mesh.layout.copies) if mesh.tp > 1 else None
     stream = lambda name: TensorComm(lanes, tp, mesh.layout.sequence, name)
-    exchange = AllToAll(ranks("ep")) if mesh.ep > 1 else Carry(lanes)
+    exchange = AllToAll(ranks("ep"), rows) if mesh.ep > 1 else Carry(lanes)
     for layer, block in zip(decoder.blocks, blocks(decoder), strict=True):
         block.token_comm, block.channel_comm = stream(f"blocks.{layer}.token"), stream(f"blocks.{layer}.channel")
         if block.channel.tokens == "own":

@@ -1,5 +1,6 @@
-"""Gather, scatter and sum by copy engines: collectives that take no multiprocessor from the mixers they hide under.
-NCCL's take 24 of 132 and slow the products beside them by 5 % (two H200, an all-reduce of 32 MiB).
+"""Collectives by copy engines: they take no multiprocessor from the mixers they hide under. NCCL's sums take 24 of 132
+and slow the products beside them by 5 % (two H200, an all-reduce of 32 MiB); its exchanges take 32, which makes of a
+product's one wave two and of attention's backward pass half as much again, and are three times as slow beside it.
 
 A rank writes its parts into the memory of the ranks that add them, straight from where they lie; a sum is pulled from
 the rank that formed it. Only the additions and the meetings are kernels, and few: each waits for multiprocessors that
@@ -8,7 +9,8 @@ products hold, up to 50 us at a time, whatever its priority. Within one machine,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -109,3 +111,90 @@ class Copies:
         self.size = -(-size // 4096) * 4096
         self.memory.append(symmetric.empty(2 * self.size, dtype=torch.uint8, device=self.device))
         self.handle = symmetric.rendezvous(self.memory[-1], self.group)
+
+
+class Shares(NamedTuple):
+    """Of a rank's rows, what is whose."""
+    sizes: list[int]       # rows for each rank, the first for rank 0
+    begins: list[int]      # where they begin among all those for that rank, the first from rank 0
+
+
+class Rows:
+    """Rows to the ranks of `group` that they are for and back, uneven: send() and take() there, fetch() home. In each
+    direction one after the other, on a stream of its own: what goes home waits for mixers.
+
+      inbox    written by all before the meeting in send(); read by its owner until the one in take()
+      outbox   written by its owner before the first meeting in fetch(); read by all until the second
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group, self.device = group, device
+        self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.others = [(self.rank + i) % self.n for i in range(1, self.n)]
+        self.there, self.home, self.own = (torch.cuda.Stream(device, priority=-1) for _ in range(3))
+        self.size, self.sent, self.fetched = 0, False, self.home.record_event()
+
+    def room(self, size: int) -> None:
+        """Every rank's boxes hold `size` bytes. Collective where they grow, with the same size on every rank."""
+        if size > self.size:
+            torch.cuda.synchronize(self.device)
+            self.size = -(-size * 5 // 4 // 4096) * 4096            # the next rows are seldom as many
+            self.memory = symmetric.empty(2 * self.size, dtype=torch.uint8, device=self.device)
+            self.handle = symmetric.rendezvous(self.memory, self.group)
+
+    def send(self, x: Tensor, shares: Shares) -> Any:
+        """x (N, D), the first rows for rank 0, is needed until the event is over; take() then gives what has come."""
+        assert not self.sent, "rows lie in the inbox that nobody has taken"
+        self.sent, parts = True, x.split(shares.sizes)
+        self.there.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.there):
+            self._copy([self._inbox(r, shares.begins[r], part) for r, part in enumerate(parts)], parts)
+            self._meet(1)
+            return self.there.record_event()
+
+    def take(self, order: Tensor, like: Tensor) -> Tensor:
+        """What has come, in another order (n,). like (N, D) is what was sent."""
+        shape = torch.Size((order.shape[0], like.shape[1]))
+        y = self.handle.get_buffer(self.rank, shape, like.dtype, 0).index_select(0, order)
+        self.there.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.there):
+            self._meet(1)
+        self.sent = False
+        return y
+
+    def fetch(self, x: Tensor, order: Tensor, shares: Shares) -> tuple[Tensor, Any]:
+        """x (n, D), what became of the rows that had come, once in `order` as they had; those sent, and the event that
+        completes them."""
+        lane = torch.cuda.current_stream(self.device)
+        lane.wait_event(self.fetched)
+        torch.index_select(x, 0, order, out=self._outbox(self.rank, 0, x))
+        self.home.wait_stream(lane)
+        with torch.cuda.stream(self.home):
+            self._meet(2)
+            y = x.new_empty(sum(shares.sizes), x.shape[1])
+            parts = y.split(shares.sizes)
+            self._copy(parts, [self._outbox(r, shares.begins[r], part) for r, part in enumerate(parts)])
+            done = self.home.record_event()
+            self._meet(2)
+            self.fetched = self.home.record_event()
+        return y, done
+
+    def _copy(self, to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+        """By rank; what stays on this one beside the rest."""
+        lane = torch.cuda.current_stream(self.device)
+        self.own.wait_stream(lane)
+        with torch.cuda.stream(self.own):
+            to[self.rank].copy_(of[self.rank])
+        for peer in self.others:
+            to[peer].copy_(of[peer])
+        lane.wait_stream(self.own)
+
+    def _inbox(self, owner: int, begin: int, like: Tensor) -> Tensor:
+        return self.handle.get_buffer(owner, like.shape, like.dtype, begin * like.shape[1])
+
+    def _outbox(self, owner: int, begin: int, like: Tensor) -> Tensor:
+        return self.handle.get_buffer(owner, like.shape, like.dtype, self.size // like.itemsize + begin * like.shape[1])
+
+    def _meet(self, channel: int) -> None:
+        """By a channel of its own: memory may share its signals with what was allocated before."""
+        self.handle.barrier(channel)

@@ -5,16 +5,16 @@ by the next norm that reads. Under ladder wiring the mixers in between run meanw
 """
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from stepladder.model.residual import Pending
 from stepladder.ops import experts
-from stepladder.parallel.flight import Lanes
+from stepladder.parallel.copies import Rows, Shares
+from stepladder.parallel.flight import Lanes, Started
 from stepladder.parallel.tensor import Ranks
 
 
@@ -39,58 +39,67 @@ class Carry:
 
 
 class Announced(NamedTuple):
-    """How many rows will come from whom."""
-    counts: Tensor         # (2, ranks, a rank's experts) sent, received; on the host, when `read` is over
+    """How many rows will come from whom to whom."""
+    counts: Tensor         # (ranks, experts); on the host, when `read` is over
     read: Any              # an event
 
 
-class Back(NamedTuple):
-    """The way back of dispatched rows."""
-    order: Tensor          # of arrived rows, by expert
-    inverse: Tensor
-    send: list[int]        # rows to each rank
-    receive: list[int]     # rows from each rank
+class Way:
+    """Of dispatched rows: how many go where, and where they belong there."""
 
+    def __init__(self, counts: Tensor, rank: int, device: torch.device):
+        """counts (from, to, a rank's experts), on the host."""
+        rows = counts.sum(2)                                         # (from, to)
+        self.send, self.receive = rows[rank].tolist(), rows[:, rank].tolist()
+        self.shares = Shares(self.send, (rows.cumsum(0) - rows)[rank].tolist())
+        self.most = int(rows.sum(0).max())                           # that any rank gets
+        self.arriving, self.device = counts[:, rank], device
 
-class Sorting(NamedTuple):
-    """Rows that will be sorted by expert when they have arrived."""
-    rows: Pending
-    back: Back
-
-    def wait(self) -> Tensor:
-        return experts.permute(self.rows.wait(), self.back.order, self.back.inverse)
+    @cached_property
+    def sorted(self) -> experts.Sorted:
+        return experts.regroup(self.arriving, self.device)
 
 
 class AllToAll:
-    """An Exchange over `ranks`, of which r holds experts r E/n .. (r + 1) E/n."""
+    """An Exchange over `ranks`, of which r holds experts r E/n .. (r + 1) E/n. `copies`: by copy engines."""
 
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.lanes = ranks, ranks.lanes
+    def __init__(self, ranks: Ranks, copies: Rows | None = None):
+        self.ranks, self.lanes, self.copies = ranks, ranks.lanes, copies
         self.carry = Carry(ranks.lanes).carry
 
     def announce(self, counts: Tensor) -> Announced:
-        counts = counts.view(self.ranks.n, -1)                       # (rank, its experts)
-        arriving = torch.empty_like(counts)
-        dist.all_to_all_single(arriving, counts, group=self.ranks.group())
+        every = self.ranks.every(counts)
         # The one read of the device per MoE layer, on its way while the host goes on: uneven splits are host numbers.
-        both = torch.stack([counts, arriving])
-        host = torch.empty_like(both, device="cpu", pin_memory=both.is_cuda).copy_(both, non_blocking=True)
-        return Announced(host, torch.cuda.current_stream().record_event() if both.is_cuda else None)
+        host = torch.empty_like(every, device="cpu", pin_memory=every.is_cuda).copy_(every, non_blocking=True)
+        return Announced(host, torch.cuda.current_stream().record_event() if every.is_cuda else None)
 
-    def dispatch(self, rows: Tensor, announced: Announced) -> tuple[Pending, Tensor, Back]:
+    def dispatch(self, rows: Tensor, announced: Announced) -> tuple[Pending, Tensor, Way]:
         counts, read = announced
         if read is not None:
             read.synchronize()
-        send, receive = counts.sum(2).tolist()
-        order, inverse, ends = experts.regroup(counts[1], rows.device)
-        back = Back(order, inverse, send, receive)
-        move = self.ranks.exchange
-        there, home = partial(move, send=send, receive=receive), partial(move, send=receive, receive=send)
-        return Sorting(self.lanes.start(rows, there, home, late=True), back), ends, back
+        way = Way(counts.unflatten(1, (self.ranks.n, -1)), self.ranks.rank, rows.device)
+        if self.copies is not None:
+            self.copies.room(way.most * rows.shape[1] * rows.itemsize)
+        there, home = partial(self.there, way), partial(self.home, way)
+        sent = self.lanes.start(rows, there, home, late=True)
+        return sent, way.sorted.ends, way           # they are on their way first: sorting takes the host some calls
 
-    def combine(self, rows: Tensor, back: Back) -> Pending:
+    def combine(self, rows: Tensor, back: Way) -> Pending:
         with self.lanes.front():
-            rows = experts.permute(rows, back.inverse, back.order)
-            move = self.ranks.exchange
-            there = partial(move, send=back.receive, receive=back.send)
-            return self.lanes.start(rows, there, partial(move, send=back.send, receive=back.receive))
+            return self.lanes.start(rows, partial(self.home, back), partial(self.there, back))
+
+    def there(self, way: Way, rows: Tensor) -> Started:
+        """Rows as they were sent -> those for this rank's experts, sorted by expert when they have landed."""
+        if self.copies is not None:
+            self.ranks.note("all-to-all")
+            take = self.copies.take
+            return Started(rows, self.copies.send(rows, way.shares), lambda sent: take(way.sorted.order, sent))
+        moved = self.ranks.exchange(rows, way.send, way.receive)
+        return moved._replace(finish=lambda y: y.index_select(0, way.sorted.order))
+
+    def home(self, way: Way, rows: Tensor) -> Started:
+        """And back."""
+        if self.copies is not None:
+            self.ranks.note("all-to-all")
+            return Started(*self.copies.fetch(rows, way.sorted.inverse, way.shares))
+        return self.ranks.exchange(rows.index_select(0, way.sorted.inverse), way.receive, way.send)

@@ -77,6 +77,12 @@ class Ranks:
         work = dist.all_to_all_single(out, rows, receive, send, group=self.group(), async_op=True)
         return Started(out, self._track(work, "all-to-all"), source=rows)
 
+    def every(self, v: Tensor) -> Tensor:
+        """v of every rank -> (n, *v.shape), without a gradient; this lane goes on with it."""
+        out = v.new_empty(self.n, *v.shape)
+        all_gather_single(out.flatten(0, 1), v, group=self.group())
+        return out
+
     def total(self, v: Tensor) -> Tensor:
         return _Total.apply(v, self)  # pyright: ignore[reportReturnType]
 
@@ -91,11 +97,15 @@ class Ranks:
         return v
 
     def _copied(self, kind: str) -> Copies:
-        """What carries the next one. It has no handle: the watchdog is told its name."""
+        """What carries the next one."""
         assert self.copies is not None
+        self.note(kind)
+        return self.copies[self.lanes.beside()]
+
+    def note(self, kind: str) -> None:
+        """What copy engines carry has no handle: the watchdog is told its name."""
         if not self._recorded():
             watch.note(kind, self.lanes.where)
-        return self.copies[self.lanes.beside()]
 
     def _track(self, work: dist.Work | None, kind: str) -> dist.Work | None:
         return work if work is None or self._recorded() else watch.track(work, kind, self.lanes.where)

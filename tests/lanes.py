@@ -9,16 +9,18 @@ reuse      its stream gets memory back that another may still read: the allocato
            (record_stream), or of one that had not waited for it
 
 Modelled: streams and events; collectives, which run beside the stream that starts them until wait() and hold what they
-are given until then; the allocator, with a pool for each stream; autograd, which runs a node on the stream of its
-forward, has it wait for those that made its gradients, and does neither for the tensors that were saved; that it adds
-up gradients in place of the first, which it does where nobody else has that any more, here always.
-Not modelled: what the host reads, collectives by copy engines, graphs, FSDP, several devices. Which memory is given
+are given until then; what this rank does of an exchange by copy engines (Boxes); the allocator, with a pool for each
+stream; autograd, which runs a node on the stream of its forward, has it wait for those that made its gradients, and
+does neither for the tensors that were saved; that it adds up gradients in place of the first, which it does where
+nobody else has that any more, here always.
+Not modelled: what the host reads, sums by copy engines, graphs, FSDP, several devices. Which memory is given
 away is not known: the worst is taken, that a stream's next operation gets it.
 """
 from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +36,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stepladder.parallel import tensor
+from stepladder.parallel import copies, tensor
 from stepladder.parallel.flight import Lanes
 
 UNREAD = {"empty_like", "new_empty", "new_zeros", "zeros_like"}          # they ask for a shape alone
@@ -61,6 +63,9 @@ class Lane:
 
     def record_event(self) -> Lane:
         return Lane(self.name, self.clock)
+
+    def wait(self) -> None:
+        """Of an event: of the current stream, which a Model knows."""
 
 
 @dataclass
@@ -114,6 +119,9 @@ class Model(TorchDispatchMode):
             for where, name, new in (
                     (torch.cuda, "stream", self.stream), (torch.cuda, "current_stream", lambda *_: self.current),
                     (torch.cuda, "is_current_stream_capturing", lambda: False), (Lanes, "_lower", lowered),
+                    (torch.cuda, "Stream", lambda device, priority: Lane("copies")), (copies, "symmetric", Boxes(self)),
+                    (torch.cuda, "synchronize", lambda device: None),
+                    (Lane, "wait", lambda event: self.current.wait_event(event)),
                     (Tensor, "record_stream", lambda x, lane: self._told(x, lane)),
                     *((m, name, partial(self._collective, getattr(m, name))) for m, name in (
                         (dist, "all_reduce"), (dist, "all_to_all_single"), (tensor, "all_gather_single"),
@@ -129,10 +137,11 @@ class Model(TorchDispatchMode):
     # Operations and their memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         if self.lanes[-1] is None:
             return out
-        given, made, writes = _tensors((args, kwargs)), _tensors(out), func._schema.is_mutable
+        given, made, writes = _tensors((kwargs.get("out"), args, kwargs)), _tensors(out), func._schema.is_mutable
         known = {_key(x) for x in given}
         new = [x for x in made if _key(x) not in known]
         if made and not new and not writes:
@@ -254,6 +263,48 @@ class Model(TorchDispatchMode):
         for reader, (time, read) in self.memory[first].reads.items() if first in self.memory else ():
             if not adds.knows(reader, time):
                 self.found[f"overwrite: the sum of gradients for {node.name()} does not wait for {read}"] = None
+
+
+class Boxes:
+    """Symmetric memory of processes of one machine, each half a storage of its own."""
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def empty(self, size: int, dtype: torch.dtype, device: torch.device) -> int:
+        return size // 2
+
+    def rendezvous(self, half: int, group: dist.ProcessGroup) -> Boxes:
+        self.half, self.group, self.log = half, group, list[str]()
+        with tempfile.TemporaryDirectory() as mine:
+            folder = [mine]
+            with self.apart():
+                dist.broadcast_object_list(folder, 0, group)
+            self.boxes = [[torch.from_file(f"{folder[0]}/{owner}{i}", True, half, dtype=torch.uint8) for i in range(2)]
+                          for owner in range(dist.get_world_size(group))]
+            with self.apart():
+                dist.barrier(group)
+        return self
+
+    def get_buffer(self, owner: int, shape: torch.Size, dtype: torch.dtype, begin: int) -> Tensor:
+        half, begin = divmod(begin * dtype.itemsize, self.half)
+        self.log.append(f"{('in', 'out')[half]}box {owner}")
+        return self.boxes[owner][half][begin:begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def barrier(self, channel: int) -> None:
+        """By channel 1 the others write this rank's inbox, by channel 2 they read its outbox, either until now or from
+        now on."""
+        self.log.append(f"meet {channel}")
+        with self.apart():
+            dist.barrier(self.group)
+        lane, box = self.model.current, self.boxes[dist.get_rank(self.group)][channel - 1]
+        self.model._touch(_key(box), (lane, lane.tick(), "what others do"), channel == 1)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        self.model.lanes.append(None)
+        yield
+        self.model.lanes.pop()
 
 
 def _key(x: Tensor) -> int:

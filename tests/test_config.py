@@ -226,7 +226,7 @@ TP2 = {"parallel.tp": 2}
     (2, {"parallel.pp": 2, "parallel.schedule": "zero-bubble", "train.compile": True},
      "train.compile = true computes both halves of a backward at once, which parallel.schedule = \"zero-bubble\""),
     (1, {"parallel.chunks": 4}, 'parallel.chunks = 4 is for schedule = "interleaved", but the schedule is "1f1b"; '),
-    (1, {"parallel.copies": True}, "parallel.copies = true moves the sums of tensor parallelism, but parallel.tp = 1"),
+    (1, {"parallel.copies": True}, "parallel.copies = true moves the sums of tensor and the rows of expert para"),
     (3, {"parallel.tp": 3, "model.vocab": 258, "model.width": 66} | {f"model.blocks.{name}.token": {
         "kind": "mamba", "inner": 64} for name in ("gla", "full")},
      "model.blocks.gla.token.inner = 64 is not divisible by parallel.tp = 3; change one of them"),

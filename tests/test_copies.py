@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from stepladder.parallel.copies import Copies
+from stepladder.parallel.copies import Copies, Rows, Shares
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -54,7 +54,35 @@ def compared(rank: int, n: int, rendezvous: str) -> None:
     os._exit(0)                         # a communicator that a graph still holds cannot be taken down
 
 
+def travelled(rank: int, n: int, rendezvous: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method=f"file://{rendezvous}", rank=rank, world_size=n, device_id=device)
+    rows, busy = Rows(dist.group.WORLD, device), torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)  # pyright: ignore
+    same, all_of_them = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(rank)
+    for i in range(60):
+        moved = torch.randint(0, [40, 3000, 20000][i % 3], (n, n), generator=same) * (torch.arange(n) != i % (2 * n))
+        send, receive = moved[rank].tolist(), moved[:, rank].tolist()
+        x = torch.randn(sum(send), 512, device=device, generator=all_of_them).bfloat16()
+        came, order = x.new_empty(sum(receive), 512), torch.randperm(sum(receive), device=device)
+        dist.all_to_all_single(came, x, receive, send)
+        rows.room(int(moved.sum(0).max()) * 1024)
+        shares = Shares(send, (moved.cumsum(0) - moved)[rank].tolist())
+        busy @ busy
+        rows.send(x, shares).wait()
+        got = rows.take(order, x)
+        busy @ busy
+        back, done = rows.fetch(got, order.argsort(), shares)
+        busy @ busy
+        done.wait()
+        assert torch.equal(got, came[order]), f"call {i} there"
+        assert torch.equal(back, x), f"call {i} back"
+    torch.cuda.synchronize()
+    dist.barrier()
+    os._exit(0)
+
+
 def test_private_symmetric_memory_carries_what_nccl_would() -> None:
-    n = torch.cuda.device_count()
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(compared, (n, f"{folder}/rendezvous"), nprocs=n)
+    for call in compared, travelled:
+        with tempfile.TemporaryDirectory() as folder:
+            spawn(call, (torch.cuda.device_count(), f"{folder}/rendezvous"), nprocs=torch.cuda.device_count())

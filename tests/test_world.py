@@ -201,12 +201,13 @@ open(f"said-{w.rank}", "w").write(f"{w.launcher} {w.rank}/{w.size} node {w.node}
 DEMO = Path(__file__).parents[1] / "examples/demo.toml"
 
 
-def test_copy_engines_over_a_slow_link_are_refused():
-    run = config.load(DEMO, ["parallel.tp=8", "parallel.copies=true"])
+@pytest.mark.parametrize("axis", ["tp", "ep"])
+def test_copy_engines_over_a_slow_link_are_refused(axis):
+    run = config.load(DEMO, [f"parallel.{axis}=8", "parallel.copies=true"])
     for local, size in ((0, 16), (8, 16), (8, 8)):          # nobody told, inside the machine, one machine
         world.refuse_far_copies(run, World(0, size, 0, "torchrun", local))
-    with pytest.raises(ValueError, match=r"^parallel.copies = true copies between GPUs of one machine, but parallel.tp "
-                                         r"= 8 leaves its machine, which has 4 ranks; set it to false$"):
+    with pytest.raises(ValueError, match=rf"^parallel.copies = true copies between GPUs of one machine, but parallel."
+                                         rf"{axis} = 8 leaves its machine, which has 4 ranks; set it to false$"):
         world.refuse_far_copies(run, World(0, 16, 0, "torchrun", 4))
 
 
