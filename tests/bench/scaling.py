@@ -3,8 +3,8 @@
     python tests/bench/scaling.py [ep pregated fsdp]      # starts itself under torchrun, once a size
 
 ep:    a 64-expert top-4 model, its rows fixed a GPU; ladder and standard wiring, and both with the rows staying at home
-       ("none": wrong experts, the floor). Hidden share = (standard - ladder) / (standard - none of standard).
-       "host" is how long the calls of a pass take, waiting for counts included.
+       ("none": wrong experts, the floor); "copied": rows by copy engines. Hidden share = (standard - ladder) /
+       (standard - none of standard). "host" is how long the calls of a pass take, waiting for counts included.
 pregated: the same with routers that choose for the next block.
 fsdp:  the dense 1.1B shape of tests/bench/dense.py, 8 x 2048 tokens a GPU, its whole training step; "kept": with
        gathered weights kept for the backward pass.
@@ -38,7 +38,7 @@ from stepladder.parallel.pipeline import Micro
 from stepladder.parallel.support import Parallel
 
 KINDS = "ep", "pregated", "fsdp"
-LAGS = {"standard": (0, 0), "ladder": (1, 1), "none": (0, 0)}
+LAGS = {"standard": (0, 0), "ladder": (1, 1), "standard copied": (0, 0), "ladder copied": (1, 1), "none": (0, 0)}
 
 
 def moe(small: bool, ahead: int) -> ModelConfig:
@@ -94,6 +94,7 @@ def experts(mesh: Mesh, small: bool, ahead: int, rows: int, trace: str) -> dict[
         parts.decoder.to(torch.bfloat16)       # no casts from masters in the timing: they shrink with ep, too
     m = batch(parts.decoder.cfg, mesh, 2 if small else rows, 64 if small else 2048)
     real = [cast(Any, block.channel).experts.exchange for block in blocks(parts.decoder)]
+    copied = getattr(real[0], "copies", None)
 
     def step() -> None:
         parts.pipe([m])
@@ -103,17 +104,18 @@ def experts(mesh: Mesh, small: bool, ahead: int, rows: int, trace: str) -> dict[
     took, host = defaultdict(list), defaultdict(list)
     for i in range(6):
         for side, lag in LAGS.items():
-            if side == "none" and mesh.ep == 1:
+            if ("copied" in side and not copied) or (side == "none" and mesh.ep == 1):
                 continue
             for exchange, block in zip(real, blocks(parts.decoder), strict=True):
                 block.lag, inner = lag, cast(Any, block.channel).experts
+                exchange.copies = copied if "copied" in side else None
                 inner.exchange = Stay(exchange) if side == "none" else exchange
             ms, calls = timed(step, 4, mesh.device)
             if i:
                 took[side].append(ms)
                 host[side].append(calls)
             if i == 5:
-                traced(step, trace.replace("SIDE", side), mesh)
+                traced(step, trace.replace("SIDE", side.replace(" ", "-")), mesh)
     return {side: median(x) for side, x in took.items()} | {f"host {side}": median(x) for side, x in host.items()}
 
 
@@ -150,7 +152,7 @@ def rank(kind: str, args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     torch.set_float32_matmul_precision("high")
-    mesh = Mesh(Parallel() if kind == "fsdp" else Parallel(ep=size, shard=False), device, me, size)
+    mesh = Mesh(Parallel() if kind == "fsdp" else Parallel(ep=size, shard=False, copies=gpu), device, me, size)
     gc.disable()
     trace = args.trace.replace("KIND", f"{kind}{size}")
     if kind == "fsdp":
@@ -197,11 +199,12 @@ def main() -> None:
         for side, speed in r["tokens_per_s"].items():
             base = one["tokens_per_s"].get(side) if one else None
             host = f" host {r['ms'][f'host {side}']:.1f}" if f"host {side}" in r["ms"] else ""
-            print(f"{kind:8} {n} GPUs {side:9} {r['ms'][side]:8.2f} ms{host} {speed:12,.0f} tokens/s "
+            print(f"{kind:8} {n} GPUs {side:15} {r['ms'][side]:8.2f} ms{host} {speed:12,.0f} tokens/s "
                   f"{r['memory']:6.1f} GiB" + (f"  {speed / n / base:.1%} of one GPU's, a GPU" if base else ""))
-        if {"standard", "ladder", "none"} <= r["ms"].keys():
-            a, b, c = (r["ms"][k] for k in ("standard", "ladder", "none"))
-            print(f"      hidden by ladder: {(a - b) / max(1e-9, a - c):.0%} of {a - c:.2f} ms")
+        for how in ("", " copied"):
+            if {f"standard{how}", f"ladder{how}", "none"} <= r["ms"].keys():
+                a, b, c = (r["ms"][k] for k in (f"standard{how}", f"ladder{how}", "none"))
+                print(f"      hidden by ladder{how}: {(a - b) / max(1e-9, a - c):.0%} of {a - c:.2f} ms")
 
 
 if __name__ == "__main__":
