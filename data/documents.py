@@ -55,9 +55,13 @@ def _files(given: Path, but: Path) -> list[Path]:
     if but.resolve() in (given.resolve(), *given.resolve().parents, *given.absolute().parents):
         raise ValueError(f"{given} lies in --out {but}, which is not read: name another --out")
     if given.is_dir():
-        inside = sorted(path for path in given.rglob("*") if path.is_file())
+        inside = sorted(given.rglob("*"))
         inside = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(given).parts)]
-        inside = [path for path in inside if but.resolve() not in path.resolve().parents]
+        inside = [path for path in inside if but.resolve() not in (path.resolve(), *path.resolve().parents)]
+        if link := next((path for path in inside if path.is_symlink() and path.is_dir()), None):
+            raise ValueError(f"{link} is a link to a folder, and such are not followed: take it away, and name the "
+                             f"folder {link.resolve()} as an input of its own if it is to be read")
+        inside = [path for path in inside if path.is_file()]
         if not inside:
             raise ValueError(f"{given}: the folder holds no files")
     elif given.is_file():

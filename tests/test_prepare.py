@@ -253,6 +253,19 @@ def test_an_input_that_is_named_twice_is_refused_and_not_doubled(tmp_path, monke
     assert not Path("out").exists()
 
 
+def test_a_folder_behind_a_link_is_not_left_out_without_a_word(tmp_path):
+    jsonl(tmp_path / "in" / "a.jsonl", ["one"])
+    jsonl(tmp_path / "more" / "b.jsonl", ["two"])
+    (tmp_path / "in" / "more").symlink_to("../more")
+    with pytest.raises(ValueError, match=rf"/in/more is a link to a folder, .* name the folder {tmp_path}/more as an"):
+        prepare([tmp_path / "in"], tmp_path / "out")
+    (tmp_path / "in" / "more").rename(tmp_path / "in" / ".more")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in" / "made").symlink_to("../out")
+    prepare([tmp_path / "in"], tmp_path / "out")
+    assert documents(tmp_path / "out") == ["one"]
+
+
 def test_a_full_disk_is_told_with_the_file_that_it_could_not_hold(tmp_path, monkeypatch, capsys):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
