@@ -49,11 +49,16 @@ class Way:
 
     def __init__(self, counts: Tensor, rank: int, device: torch.device):
         """counts (from, to, a rank's experts), on the host."""
-        rows = counts.sum(2)                                         # (from, to)
-        self.send, self.receive = rows[rank].tolist(), rows[:, rank].tolist()
-        self.shares = Shares(self.send, (rows.cumsum(0) - rows)[rank].tolist())
-        self.most = int(rows.sum(0).max())                           # that any rank gets
+        self.rows, self.rank = counts.sum(2).tolist(), rank                # (from, to)
+        self.send, self.receive = self.rows[rank], [rows[rank] for rows in self.rows]
         self.arriving, self.device = counts[:, rank], device
+
+    def shares(self) -> Shares:
+        return Shares(self.send, [sum(column[:self.rank]) for column in zip(*self.rows, strict=True)])
+
+    def most(self) -> int:
+        """Rows that any rank gets."""
+        return max(map(sum, zip(*self.rows, strict=True)))
 
     @cached_property
     def sorted(self) -> experts.Sorted:
@@ -79,7 +84,7 @@ class AllToAll:
             read.synchronize()
         way = Way(counts.unflatten(1, (self.ranks.n, -1)), self.ranks.rank, rows.device)
         if self.copies is not None:
-            self.copies.room(way.most * rows.shape[1] * rows.itemsize)
+            self.copies.room(way.most() * rows.shape[1] * rows.itemsize)
         there, home = partial(self.there, way), partial(self.home, way)
         sent = self.lanes.start(rows, there, home, late=True)
         return sent, way.sorted.ends, way           # they are on their way first: sorting takes the host some calls
@@ -93,7 +98,7 @@ class AllToAll:
         if self.copies is not None:
             self.ranks.note("all-to-all")
             take = self.copies.take
-            return Started(rows, self.copies.send(rows, way.shares), lambda sent: take(way.sorted.order, sent))
+            return Started(rows, self.copies.send(rows, way.shares()), lambda sent: take(way.sorted.order, sent))
         moved = self.ranks.exchange(rows, way.send, way.receive)
         return moved._replace(finish=lambda y: y.index_select(0, way.sorted.order))
 
@@ -101,5 +106,5 @@ class AllToAll:
         """And back."""
         if self.copies is not None:
             self.ranks.note("all-to-all")
-            return Started(*self.copies.fetch(rows, way.sorted.inverse, way.shares))
+            return Started(*self.copies.fetch(rows, way.sorted.inverse, way.shares()))
         return self.ranks.exchange(rows.index_select(0, way.sorted.inverse), way.receive, way.send)
