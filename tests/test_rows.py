@@ -16,7 +16,8 @@ from torch import Tensor
 
 from stepladder.model.decoder import blocks
 from stepladder.parallel.build import build
-from stepladder.parallel.copies import Rows, Shares
+from stepladder.parallel.copies import Rows
+from stepladder.parallel.expert import Way
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
 
@@ -30,12 +31,11 @@ def sent(rank: int, n: int) -> tuple[list[str], list[str]]:
         rows = Rows(cast(Any, dist.group.WORLD), CPU)
         for call, most in enumerate((4, 9, 2)):                      # the second makes the boxes grow
             moved = torch.randint(0, most, (n, n), generator=gen) * (torch.arange(n) != call % n)     # one gets none
-            send, receive = moved[rank].tolist(), moved[:, rank].tolist()
-            shares = Shares(send, (moved.cumsum(0) - moved)[rank].tolist())
-            x, came = torch.randn(sum(send), 3), torch.empty(sum(receive), 3)
-            dist.all_to_all_single(came, x, receive, send)
+            way = Way(moved.unsqueeze(2), rank, CPU)
+            x, came, shares = torch.randn(sum(way.send), 3), torch.empty(sum(way.receive), 3), way.shares()
+            dist.all_to_all_single(came, x, way.receive, way.send)
             order = torch.randperm(len(came))
-            rows.room(int(moved.sum(0).max()) * 12)
+            rows.room(way.most() * 12)
             rows.send(x, shares).wait()
             got = rows.take(order, x)
             back, done = rows.fetch(got, order.argsort(), shares)
