@@ -123,8 +123,9 @@ class Head(Leaf):
         if not cfg.tied:
             self.weight("table", cfg.vocab, cfg.width, tp=0, init=normal(cfg.std))
 
-    def forward(self, x: Tensor, table: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, tied: Tensor | None, targets: Tensor | None) -> tuple[Tensor, ...]:
         """x (B, T, D) -> (logits,) or, with targets (B, T), (sum of losses, sum of negative log-likelihoods)."""
+        table = self.table if tied is None else tied
         if targets is None:
             return (linear(x, table),)
         return cross_entropy(x.flatten(0, 1), table, targets.flatten(), first=self.first, z_loss=self.z_loss,
@@ -167,10 +168,10 @@ class Decoder(nn.Module):
         """The last stage's stream -> (logits (B, T, vocab),), or with targets (loss sum, likelihood sum)."""
         assert self.norm is not None
         assert self.head is not None
-        table = self.head.table if self.embed is None or not self.cfg.tied else self.embed.table
+        tied = self.embed.table if self.cfg.tied and self.embed is not None else None
         s, arrived = s.arrive(0)
         _, x = self.norm(s.h, *arrived)
-        return self.head_comm.work(self.head, self.head_comm.enter(x), table, targets)
+        return self.head_comm.work(self.head, self.head_comm.enter(x), tied, targets)
 
     def begin(self, batch: int, length: int) -> States:
         """Empty decoding states for `batch` rows of up to `length` tokens."""

@@ -94,6 +94,8 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
             apply(block.token, dense_mesh, mesh.layout.reshard)
             apply(block.channel, dense_mesh, mesh.layout.reshard)
     if dense >= least:
+        if model.head is not None and not model.cfg.tied:     # by itself it travels beside the blocks, not after them
+            apply(model.head, dense_mesh, False)
         apply(root, dense_mesh, False)
     return sharded
 

@@ -88,7 +88,7 @@ def offloaded(rank: int, n: int, parallel: Parallel) -> tuple[int, set[str], set
 @pytest.mark.parametrize("n", [1, 2])
 def test_offload_takes_every_matrix_but_routers_on_one_rank_too(n: int) -> None:
     for modules, has, rest in ranks.run(n, offloaded, OFFLOAD):
-        assert modules == 4 * 2 + 2 + 1                            # mixers, the experts of two blocks, the root
+        assert modules == 4 * 2 + 2 + 2                   # mixers, the experts of two blocks, the head, the root
         assert {"embed.table", "head.table", "blocks.0.token.wq", "blocks.2.channel.experts.up"} <= has
         assert all("norm" in name or "router" in name or "bias" in name for name in rest)
     assert ranks.run(n, offloaded, Parallel())[0][0] == 0
@@ -135,6 +135,23 @@ def test_the_host_sums_the_norm_of_a_large_gradient_exactly(shape: tuple[int, ..
     (norm,) = optimizer._norms([g], Mesh(OFFLOAD, CPU))
     assert float(norm) == pytest.approx(1e-3 * 2 ** 13, rel=1e-5)      # equal numbers round alike: the worst case
     assert norm.dtype == g.dtype                                   # fp64 would choose the division of parity tests
+
+
+def travelled(rank: int, n: int) -> list[str]:
+    """The names of a pass's collectives."""
+    seen: list[str] = []
+    parts = build(tiny.config(), Mesh(Parallel(), CPU, rank, n), seed=3)
+    shard.watch = SimpleNamespace(note=seen.append)  # pyright: ignore
+    parts.pipe([tiny.micro(ROWS, LENGTH)])
+    return seen
+
+
+def test_the_head_s_weights_and_gradients_travel_beside_the_blocks() -> None:
+    for seen in ranks.run(2, travelled):
+        gathers, scatters = ([x for x in seen if kind in x] for kind in ("all-gather", "reduce-scatter"))
+        assert "head" in gathers[4 * 2 + 1]               # after the embedding's and the mixers' of the forward pass
+        assert "head" in scatters[0]
+        assert "ends" in scatters[-1]
 
 
 def labelled(rank: int, n: int) -> None:
