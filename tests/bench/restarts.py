@@ -3,7 +3,7 @@
     python tests/bench/restarts.py RUN.toml [section.key=value ...]                # one process, one GPU or none
     python tests/bench/restarts.py RUN.toml --ranks 4 [section.key=value ...]      # under torchrun, which restarts it
 
-The run is killed (SIGKILL, one rank of it) two steps after its second checkpoint and goes on past its third. Times are
+The run is killed (SIGKILL, one rank of it) two steps after its third checkpoint, and ended when it goes on. Times are
 those at which lines arrive in metrics.jsonl, so every step is logged unless --log-every says otherwise; what logging
 costs is the difference between two runs of this program.
 """
@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from stepladder.launch import config, rules
 
@@ -28,7 +30,7 @@ class Run:
     """A program under way, and when its lines arrived."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
-        self.folder, self.read, self.seen = folder, 0, []
+        self.folder, self.read = folder, 0
         self.alone = args.ranks == 1
         launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3", "--nproc-per-node",
                     str(args.ranks)] if not self.alone else []
@@ -41,10 +43,10 @@ class Run:
         self.began = time.perf_counter()
         self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
 
-    def until(self, step: int) -> list[tuple[int, float]]:
-        """Wait for a step; (step, when) of the lines that came since the last call."""
-        file, got, rest = self.folder / "metrics.jsonl", [], b""
-        while not got or got[-1][0] < step:
+    def until(self, last: Callable[[dict[str, Any]], Any]) -> list[tuple[int, float]]:
+        """Wait for a line of the log; (step, when) of those that came since the last call."""
+        file, got = self.folder / "metrics.jsonl", []
+        while True:
             ended = self.process.poll()
             for path in self.folder.glob("checkpoints/*"):
                 if ".tmp" not in path.name:
@@ -53,15 +55,16 @@ class Run:
                 self.read = min(self.read, file.stat().st_size)         # a resume cuts off what came after the save
                 with file.open("rb") as f:
                     f.seek(self.read)
-                    new = f.read()
-                *lines, rest = new.split(b"\n")
-                self.read += len(new) - len(rest)
-                got += [(json.loads(x)["step"], time.perf_counter()) for x in lines]
+                    *lines, _ = f.read().split(b"\n")
+                for line in lines:
+                    self.read += len(line) + 1
+                    record = json.loads(line)
+                    got.append((record["step"], time.perf_counter()))
+                    if last(record):
+                        return got
             if ended is not None:
-                sys.exit(f"the run ended with {ended}; its last step is {got[-1][0] if got else 'none'}, not {step}")
+                sys.exit(f"the run ended with {ended}; its last step is {got[-1][0] if got else 'not known'}")
             time.sleep(0.002)
-        self.seen += got
-        return got
 
     def last_rank(self) -> int:
         """Process id of the last rank: the launcher's last child, or the one process, whose children read shards."""
@@ -89,19 +92,20 @@ def main() -> None:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(args, Path(scratch) / "run")
-        first = run.until(1)[0][1] - run.began
+        first = run.until(lambda record: record["step"])[0][1] - run.began
         print(f"start to first step: {first:.1f} s", flush=True)
-        steps = run.until(2 * args.every + 2)
+        steps = run.until(lambda record: record["step"] == 3 * args.every + 2)
         size = max(sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
                    for path in run.folder.glob("checkpoints/*"))
-        victim, at = run.last_rank(), time.perf_counter()
+        victim, at, killed = run.last_rank(), time.perf_counter(), time.time()
         os.kill(victim, signal.SIGKILL)
         if args.ranks == 1:
             run.end()
             run.start()
-        again = run.until(2 * args.every + 1 if args.ranks > 1 else 0)
-        print(f"kill to next step ({again[0][0]}): {again[0][1] - at:.1f} s", flush=True)
-        steps += [(0, 0.0), *again, *run.until(3 * args.every + 5)]
+        step, again = run.until(lambda record: record.get("resumed"))[-1]
+        events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+        loaded = next(e["time"] for e in reversed(events) if e["event"] == "resume") - killed
+        print(f"kill to next step ({step}): {again - at:.1f} s, loaded after {loaded:.1f} s", flush=True)
         run.end()
     took = {n: b - a for (m, a), (n, b) in pairwise(steps) if n == m + args.log_every and n > 5}
     usual = median(t for n, t in took.items() if n % args.every > 2)
