@@ -100,7 +100,8 @@ class Trainer:
         if meta:
             checkpoint.refuse_mismatch({"data": meta["manifest"]}, {"data": self.loader.manifest_hash})
         self.tokenizer = self.loader.tokenizer               # may be missing: before the log is cut to this step
-        self.parts = build(run.model, self.mesh, seed=run.train.seed, dtype=DTYPES[run.train.dtype],
+        seed = run.train.seed if start is None else None
+        self.parts = build(run.model, self.mesh, seed=seed, dtype=DTYPES[run.train.dtype],
                            recompute=run.train.recompute, compiled=run.train.compile, captured=run.train.graph,
                            seq=run.data.seq)
         o = run.optimizer

@@ -53,10 +53,11 @@ class Parts:
 
 
 @torch.inference_mode(False)         # weights are filled by threads, which would not know of it
-def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch.float32, recompute: str = "none",
-          compiled: bool = False, captured: bool = False, seq: int = 4096) -> Parts:
+def build(cfg: ModelConfig, mesh: Mesh, *, seed: int | None, dtype: torch.dtype = torch.float32,
+          recompute: str = "none", compiled: bool = False, captured: bool = False, seq: int = 4096) -> Parts:
     """Weights of at least fp32, computing in `dtype`. recompute: none, token, channel or both.
 
+    seed: of the initial values; None leaves the weights to be filled from a checkpoint.
     captured: training passes are CUDA graphs, see graph.py.
 
     seq: tokens a row, by which the stages of a pipeline are balanced.
@@ -84,12 +85,13 @@ def build(cfg: ModelConfig, mesh: Mesh, *, seed: int, dtype: torch.dtype = torch
     return Parts(mesh, decoders, pipe, Sums(decoders, mesh, sharded), decls, sharded)
 
 
-def _materialise(decoder: Decoder, mesh: Mesh, seed: int, dtype: torch.dtype) -> None:
-    """This rank's slices, with their initial values."""
+def _materialise(decoder: Decoder, mesh: Mesh, seed: int | None, dtype: torch.dtype) -> None:
+    """This rank's slices, with their initial values: a second for 100 M of them and a core."""
     init.split(decoder, mesh)
     home = torch.device("cpu") if mesh.layout.handed_over else mesh.device   # a device may not have room for all of it
     decoder.to(dtype=torch.promote_types(dtype, torch.float32)).to_empty(device=home)
-    init.fill(decoder, mesh, seed)
+    if seed is not None:
+        init.fill(decoder, mesh, seed)
     decoder.dtype = dtype
 
 

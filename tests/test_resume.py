@@ -19,11 +19,12 @@ import tiny
 import torch
 
 from stepladder.launch import cli, hardware
-from stepladder.parallel import checkpoint
+from stepladder.parallel import checkpoint, init
 from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Store
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.optimizer import Optimizer, Report
+from stepladder.parallel.shard import local
 from stepladder.parallel.support import Parallel
 
 STEPS, EVERY = 12, 3
@@ -98,6 +99,12 @@ def lambda_train(rank: int, n: int, config: Path, run: Path, more: tuple[str, ..
     assert train(config, run, *more) == 0
 
 
+def without_initial_values(rank: int, n: int, config: Path, run: Path, more: tuple[str, ...]) -> None:
+    """Making them takes a large model longer than loading it."""
+    init.fill = lambda *_: pytest.fail("a checkpoint has all weights")
+    lambda_train(rank, n, config, run, more)
+
+
 def killed(target: Callable[..., None], *args: Any, when: Callable[[], bool]) -> None:
     """Runs target in a process of its own and kills it with SIGKILL as soon as `when` holds."""
     process = ranks.process(target, *args)
@@ -158,7 +165,7 @@ def test_a_killed_run_goes_on_bitwise(folder: Path, undisturbed: Path, death: Ca
     killed(death, config, run, at, when=(run / "now").exists)
     left = checkpoint.steps(run / "checkpoints")
     assert [p.name for p in left] == [f"step-{s:08d}" for s in range((at - 1) // EVERY * EVERY, 0, -EVERY)]
-    _alone(config, run, "--resume", "must")
+    ranks.run(1, without_initial_values, config, run, ("--resume", "must"))
     ours, theirs = records(run), records(undisturbed)
     assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
     for key in ("loss", "grad_norm", "lr", "tokens", "load", "entropy"):
@@ -200,9 +207,9 @@ LAYOUTS = {        # name -> layout, ranks
 SAVED = 3
 
 
-def model(name: str, rank: int, n: int) -> Optimizer:
+def model(name: str, rank: int, n: int, seed: int | None) -> Optimizer:
     cfg = tiny.config("every", "between", "mixed", tied=True)
-    parts = build(cfg, Mesh(LAYOUTS[name][0], torch.device("cpu"), rank, n), seed=5, dtype=torch.float64)
+    parts = build(cfg, Mesh(LAYOUTS[name][0], torch.device("cpu"), rank, n), seed=seed, dtype=torch.float64)
     return Optimizer(parts, eps=1e-3)       # large: where a gradient is all but zero, Adam would amplify its rounding
 
 
@@ -216,7 +223,7 @@ def step(optimizer: Optimizer, at: int) -> Report:
 
 def write(rank: int, n: int, names: list[str], out: Path) -> None:
     for name in names:
-        optimizer = model(name, rank, n)
+        optimizer = model(name, rank, n, seed=5)
         for at in range(SAVED):
             step(optimizer, at)
         Store(out / name, background=False).save(SAVED, optimizer.state(), {}, shapes=optimizer.shapes())
@@ -226,7 +233,9 @@ def read(rank: int, n: int, pairs: list[tuple[str, str]], out: Path) -> list[tup
     """Resumes each written checkpoint in each layout and takes the next step: loss, norm, a moment where it is held."""
     found = []
     for written, name in pairs:
-        optimizer, store = model(name, rank, n), Store(out / written)
+        optimizer, store = model(name, rank, n, seed=None), Store(out / written)
+        for p in optimizer.parts.parameters().values():
+            local(p.detach()).fill_(torch.nan)
         path = store.newest()
         assert path is not None
         store.load(path, optimizer.state())
