@@ -43,11 +43,11 @@ class TrainingError(RuntimeError):
     """The run cannot go on; what was saved is intact."""
 
 
-def train_step(parts: Parts, optimizer: Optimizer, batches: list[data.Batch], lr: float, memory: float) -> Report:
+def train_step(parts: Parts, optimizer: Optimizer, batches: list[data.Batch], lr: float) -> Report:
     """One optimizer step over this rank's micro-batches. Nothing here waits for the device."""
     result = parts.pipe([micro(b, parts.mesh.device) for b in batches])
     parts.sums()
-    return optimizer.step(result, lr, memory)
+    return optimizer.step(result, lr)
 
 
 def micro(b: data.Batch, device: torch.device) -> Micro:
@@ -107,6 +107,7 @@ class Trainer:
         o = run.optimizer
         self.optimizer = Optimizer(self.parts, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay,
                                    clip=run.train.clip)
+        self.optimizer.memory = hardware.memory(self.device)
         self.at, self.tokens = meta.get("step", 0), meta.get("tokens", 0)
         if start is not None:
             self.store.load(start, self.optimizer.state())
@@ -117,7 +118,6 @@ class Trainer:
                        every=run.train.log_every)
         self.flops = 3 * flops(run.model, run.data.seq)
         self.peak = hardware.peak(self.device) * self.world.size
-        self.memory = hardware.memory(self.device)           # of this rank, in GiB, as of the last record
         self.clock = Clock()
         self.header: dict[str, Any] = {"mesh": repr(self.mesh)}      # of the first record
         self._introduce(start)
@@ -195,7 +195,7 @@ class Trainer:
             self.cursor = batches[-1].cursor
             self.tokens += self.run.data.batch_tokens
             lr = lr_at(self.at, self.run.optimizer, t.steps)
-            report = train_step(self.parts, self.optimizer, batches, lr, self.memory)
+            report = train_step(self.parts, self.optimizer, batches, lr)
             for mark in marks:
                 mark()
             late = Late(self.at, self.tokens, lr, report, self.loader.waited)
@@ -258,11 +258,11 @@ class Trainer:
         r, arrived = late.read()
         took, waited = self.clock.lap(arrived, late.waited)
         speed = self.run.data.batch_tokens / took
-        self.memory = hardware.memory(self.device)
+        self.optimizer.memory = memory = hardware.memory(self.device)        # the others hear of it in the next step
         record = {"step": late.step, "loss": float(r.nll), "tokens": late.tokens, "lr": late.lr,
                   "grad_norm": float(r.norm), "tokens_per_s": speed,
                   "mfu": speed * self.flops / self.peak if self.peak else None,
-                  "memory_gib": max(self.memory, float(r.memory.max())), "data_wait": waited / took,
+                  "memory_gib": max(memory, float(r.memory.max())), "data_wait": waited / took,
                   "load": self.optimizer.crowds(r.load),
                   "entropy": r.entropy.tolist(), "balance": r.balance.tolist(), "skipped": int(r.skipped)}
         if evaluate:

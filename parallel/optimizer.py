@@ -58,7 +58,8 @@ class Optimizer:
             self.adam.state[p] = {"step": self.steps.to(p.device, copy=True), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
         self.skipped, self.streak = (torch.zeros((), device=parts.mesh.device) for _ in range(2))
-        self.memory = torch.zeros(parts.mesh.size, device=parts.mesh.device)   # this rank's is not 0
+        self.memory = 0.0                                        # GiB that this rank takes, told by who trains
+        self.each = torch.zeros(parts.mesh.size, device=parts.mesh.device)     # the same where this rank stands, else 0
         self.moe = {int(name): b.channel for decoder in parts.decoders
                     for name, b in zip(decoder.blocks, blocks(decoder), strict=True) if isinstance(b.channel, MoE)}
         # Pieces that several ranks hold count once in the global norm.
@@ -70,11 +71,9 @@ class Optimizer:
         self.top_k = torch.tensor([float(kinds[i].channel.top_k) for i in self.routed], device=parts.mesh.device)
 
     @torch.no_grad()
-    def step(self, result: Result, lr: float, memory: float = 0.0) -> Report:
-        """Clip, update, forget the gradients. Call after the gradient sums; every rank of the world calls it.
-
-        memory: GiB that this rank takes, for the report."""
-        self.memory[self.parts.mesh.rank].fill_(memory)
+    def step(self, result: Result, lr: float) -> Report:
+        """Clip, update, forget the gradients. Call after the gradient sums; every rank of the world calls it."""
+        self.each[self.parts.mesh.rank].fill_(self.memory)
         report = self._report(result)
         norm, count = report.norm, report.count.to(report.norm.dtype)
         if self.copying is not None:
@@ -133,7 +132,7 @@ class Optimizer:
             row[:s.load.shape[0]], row[E], row[E + 1] = s.load.to(kind), s.entropy.to(kind), s.balance.to(kind)
         one = torch.stack([x.to(kind) for x in (result.loss, result.nll, result.count)]) / mesh.tp
         # A place for each rank: the sum has the largest, too.
-        sums = torch.cat([(squares * self.once.to(kind)).sum().view(1), one, layers.flatten(), self.memory.to(kind)])
+        sums = torch.cat([(squares * self.once.to(kind)).sum().view(1), one, layers.flatten(), self.each.to(kind)])
         if not mesh.alone:
             dist.all_reduce(sums)
         square, loss, nll, count = sums[:4].unbind()
