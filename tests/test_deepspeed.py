@@ -31,6 +31,7 @@ from stepladder.parallel.checkpoint import Store
 from stepladder.parallel.labels import span
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.optimizer import Optimizer
+from stepladder.parallel.shard import local
 from stepladder.parallel.support import Parallel, UnsupportedError, refuse
 
 ZERO = {f"zero{stage}{' offload' if offload else ''}": Parallel(engine="deepspeed", zero=stage, offload=offload)
@@ -46,10 +47,13 @@ ranks.preload("deepspeed", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.ru
 class Run:
     """A few steps of a model on this rank's share of each batch."""
 
-    def __init__(self, rank: int, n: int, parallel: Parallel, dtype: torch.dtype = torch.float32, **kw: Any):
+    def __init__(self, rank: int, n: int, parallel: Parallel, dtype: torch.dtype = torch.float32, seed: int | None = 3,
+                 **kw: Any):
         World(rank, n, rank).export(CPU)
         model = replace(tiny.config("every", "between", "mixed"), std=0.1)
-        self.parts = build(model, Mesh(parallel, CPU, rank, n), seed=3, dtype=dtype, **kw)
+        self.parts = build(model, Mesh(parallel, CPU, rank, n), seed=seed, dtype=dtype, **kw)
+        for p in self.parts.parameters().values() if seed is None else ():
+            local(p.detach()).fill_(torch.nan)           # as what memory held before may be
         self.adam, self.at = Optimizer(self.parts, clip=0.5, weight_decay=0.3), 0
 
     def steps(self, count: int) -> list[float]:
@@ -133,7 +137,8 @@ def saved(run: Run, folder: Path) -> None:
 
 
 def resumed(rank: int, n: int, layout: str, folder: Path) -> Run:
-    run, store = Run(rank, n, LAYOUTS[layout]), Store(folder)
+    """Without initial values, as a resume is."""
+    run, store = Run(rank, n, LAYOUTS[layout], seed=None), Store(folder)
     path = store.newest()
     assert path is not None
     store.load(path, run.adam.state())
