@@ -229,6 +229,19 @@ def test_the_script_of_a_job_learns_of_a_start_that_would_be_refused_again(tmp_p
         told.unlink(missing_ok=True)
 
 
+def test_a_start_says_its_environment_and_no_secrets(tmp_path: Path, monkeypatch):
+    """Under whatever launcher; of jobs, test_slurm.py: test_the_run_folder_says_what_ran_and_no_secrets."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "SLURM_JOB_TOKEN", "NCCL_KEY", "TORCH_PASSWORD", "MY_NCCL_"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    told = events.Events(tmp_path, 0)
+    told.begin()
+    told.begins("start")
+    (start,) = events.read(tmp_path)
+    assert start["environment"]["NCCL_SOCKET_IFNAME"] == "eth0"
+    assert "hunter2" not in (tmp_path / "events.jsonl").read_text()
+
+
 def test_a_full_disk_costs_no_more_than_the_line(tmp_path: Path):
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     (tmp_path / "unfinished").symlink_to("/dev/full")
