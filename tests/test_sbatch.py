@@ -183,13 +183,17 @@ def test_a_checkpoint_is_progress_if_it_was_not_there_before(tmp_path: Path, cha
 
 
 @pytest.mark.parametrize("name", ["generate", "prepare"])
-def test_what_a_job_writes_is_not_the_whole_worlds_to_change(tmp_path: Path, name: str):
+def test_a_job_starts_its_command_and_writes_nothing_that_the_whole_world_may_change(tmp_path: Path, name: str):
     """Of train.sbatch, test_slurm.py: test_the_run_folder_says_what_ran_and_no_secrets."""
-    (tmp_path / "srun").write_text("#!/bin/bash\numask\n")
+    (tmp_path / "srun").write_text("#!/bin/bash\numask\nprintf '%s\\n' \"$@\"\n")
     (tmp_path / "srun").chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_CPUS_ON_NODE": "1"}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_CPUS_ON_NODE": "3"}
     script = slurm.ROOT / "slurm" / f"{name}.sbatch"
-    assert subprocess.run(["bash", script], env=env, umask=0, capture_output=True, text=True).stdout == "0002\n"
+    done = subprocess.run(["bash", script], env=env, umask=0, capture_output=True, text=True)
+    mask, *said = done.stdout.splitlines()
+    assert mask == "0002"
+    args = cli.parse(said[said.index("stepladder") + 1:])
+    assert (args.command, getattr(args, "workers", 3)) == (name, 3)
 
 
 @pytest.mark.parametrize("script", sorted((slurm.ROOT / "slurm").glob("*.sbatch")), ids=lambda path: path.stem)
