@@ -334,7 +334,7 @@ def run(args: argparse.Namespace) -> int:
         patience = timedelta(minutes=minutes + 2)            # torch's own limit: the watchdog speaks first, in words
         w.connect(device, store, patience)
         w.export(device)
-        mesh = Mesh(chosen.parallel, device, w.rank, w.size, patience)
+        mesh = Mesh(chosen.parallel, device, w.rank, w.size, patience, w.local_size)
         with contextlib.nullcontext() if store is None else watch.over(mesh, store, 60 * minutes, events.fault):
             with watch.rest():                               # no step is under way: a slow disk or build is no hang
                 trainer = Trainer(chosen, folder, w, mesh, store, args.resume, events, stop)

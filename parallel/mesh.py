@@ -22,6 +22,7 @@ class Mesh:
     rank: int = 0
     size: int = 1
     patience: timedelta | None = None      # torch's own limit for a collective; None: its default
+    local: int = 0                         # ranks of this machine; 0: all of them
 
     def __post_init__(self) -> None:
         p = self.layout
@@ -172,7 +173,7 @@ class Mesh:
             self.units(pieces)
 
     def group(self, name: str) -> dist.ProcessGroup:
-        """Process group of one axis: pp, dp, tp, ep or edp."""
+        """Process group of one axis: pp, dp, or its replicate and shard, tp, ep or edp."""
         if name == "dp":
             return self.data.get_group()
         return (self.expert if name in ("ep", "edp") else self.dense)[name].get_group()
@@ -193,6 +194,16 @@ class Mesh:
     @cached_property
     def _beside(self) -> dict[str, dist.ProcessGroup]:
         return {}
+
+    def near(self, axis: str) -> bool:
+        """Whether a group of an axis lies in one machine. Collective: its ranks agree, though machines may hold unequal
+        numbers of them."""
+        n, group = self.local or self.size, self.group(axis)
+        far = any(rank // n != self.rank // n for rank in dist.get_process_group_ranks(group))
+        if n < self.size:
+            dist.all_reduce(said := torch.tensor(float(far), device=self.device), group=group)
+            far = bool(said.item())
+        return not far
 
     @property
     def alone(self) -> bool:

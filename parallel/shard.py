@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from stepladder.model.config import ModelConfig
 from stepladder.model.decoder import Decoder, blocks
 from stepladder.model.leaf import Decl, declared
+from stepladder.ops.parts import add
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.tensor import all_gather_single, reduce_scatter_single
 from stepladder.parallel.watch import watch
@@ -54,7 +55,8 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
     least = 1 if mesh.layout.handed_over else 2     # ranks that are worth FSDP
     ignored: set[nn.Parameter] = set()
     dims: dict[nn.Parameter, int] = {}
-    for name, decl in declared(model).items():
+    decls = declared(model)
+    for name, decl in decls.items():
         p, leaf = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
         ranks = dense if decl.ep is None else expert
         taken = {decl.tp if mesh.tp > 1 else None, decl.ep if mesh.ep > 1 else None}
@@ -68,36 +70,46 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
         return sharded
     # Outputs are read, summed and sent, never written in place (Comm.leave): what this warns of cannot happen.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    # Inputs keep their types: router logits are fp32, and the next stage of a pipeline counts on it.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32),
-                                  cast_forward_inputs=False)
+    over = {} if dense < least else {
+        "shard": mesh.dense["replicate", "shard"] if mesh.layout.dp_replicate > 1 else mesh.data}
+    if expert >= least and any(decl.ep is not None for decl in decls.values()):
+        over["edp"] = mesh.expert["edp"]
+    policies = {axis: _policy(mesh, axis, dtype) for axis in over}
     home = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
-    dense_mesh = mesh.dense["replicate", "shard"] if mesh.layout.dp_replicate > 1 else mesh.data
-
     names = {module: name for name, module in model.named_modules()}
 
-    def apply(module: nn.Module, over: object, reshard: bool) -> None:
-        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored,  # pyright: ignore
-                    shard_placement_fn=lambda p: Shard(dims[p]), offload_policy=home)
+    def apply(module: nn.Module, axis: str, reshard: bool) -> None:
+        if axis not in over:
+            return
+        fully_shard(module, mesh=over[axis], mp_policy=policies[axis], reshard_after_forward=reshard,  # pyright: ignore
+                    ignored_params=ignored, shard_placement_fn=lambda p: Shard(dims[p]), offload_policy=home)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)               # sums, not means
         module.set_force_sum_reduction_for_comms(True)       # gloo has no scaled sums
         where = names.get(module, "the model's ends")
         module.set_custom_all_gather(_Noted(all_gather_single, f"all-gather of {where}'s weights"))  # pyright: ignore
-        module.set_custom_reduce_scatter(_Noted(reduce_scatter_single, f"reduce-scatter of {where}'s gradients"))  # pyright: ignore
+        module.set_custom_reduce_scatter(_Added(reduce_scatter_single, f"reduce-scatter of {where}'s gradients"))  # pyright: ignore
 
     for block in blocks(model):
         experts = getattr(block.channel, "experts", None)
-        if experts is not None and expert >= least:
-            apply(experts, mesh.expert["edp"], mesh.layout.reshard)
-        if dense >= least:
-            apply(block.token, dense_mesh, mesh.layout.reshard)
-            apply(block.channel, dense_mesh, mesh.layout.reshard)
-    if dense >= least:
-        if model.head is not None and not model.cfg.tied:     # by itself it travels beside the blocks, not after them
-            apply(model.head, dense_mesh, False)
-        apply(root, dense_mesh, False)
+        if experts is not None:
+            apply(experts, "edp", mesh.layout.reshard)
+        apply(block.token, "shard", mesh.layout.reshard)
+        apply(block.channel, "shard", mesh.layout.reshard)
+    if model.head is not None and not model.cfg.tied:         # by itself it travels beside the blocks, not after them
+        apply(model.head, "shard", False)
+    apply(root, "shard", False)
     return sharded
+
+
+def _policy(mesh: Mesh, axis: str, dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Computing in dtype. Gradients travel as they are made between ranks of one machine; over several, all-to-all
+    would send every part by itself, where NCCL adds parts up on their way. A pipeline adds its micro-batches' up in
+    reduce_dtype before they travel. Inputs keep their types: router logits are fp32, and the next stage of a pipeline
+    counts on it."""
+    narrow = mesh.pp == 1 and mesh.near(axis)
+    return MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False,
+                                reduce_dtype=dtype if narrow else torch.promote_types(dtype, torch.float32))
 
 
 class _Noted:
@@ -113,6 +125,27 @@ class _Noted:
                  **options: Any) -> dist.Work | None:
         watch.note(self.name)
         return self.run(output_tensor, input_tensor, group=group, **options)
+
+
+class _Added(_Noted):
+    """A reduce-scatter whose parts travel in the type they have and are added in fp32, or wider: the same numbers as if
+    they had been widened first, in half the bytes."""
+    given = False
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """By turns the parts to send and their sum."""
+        self.given = not self.given
+        return super().allocate(size, dtype=dtype if self.given else torch.promote_types(dtype, torch.float32),
+                                device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup,
+                 **options: Any) -> dist.Work | None:
+        if output_tensor.dtype == input_tensor.dtype:
+            return super().__call__(output_tensor, input_tensor, group, **options)
+        watch.note(self.name)
+        parts = torch.empty_like(input_tensor)
+        dist.all_to_all_single(parts, input_tensor, group=group)
+        add(parts.view(dist.get_world_size(group), -1).unbind(), output_tensor)
 
 
 def _dimension(shape: tuple[int, ...], taken: set[int | None], ranks: int) -> int | None:

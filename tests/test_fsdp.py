@@ -154,6 +154,65 @@ def test_the_head_s_weights_and_gradients_travel_beside_the_blocks() -> None:
         assert "ends" in scatters[-1]
 
 
+def added(rank: int, n: int, parallel: Parallel) -> tuple[set[str], int]:
+    """Weights of blocks whose gradient is not, bit for bit, the sum in fp32 of one rank's for each micro-batch, and how
+    many of their numbers bf16 has no place for."""
+    micros = [tiny.micro(ROWS, LENGTH, seed=i) for i in range(2)]
+    meshes = Mesh(parallel, CPU, rank, n), Mesh(Parallel(), CPU)
+    parts, one = (build(tiny.config(), mesh, seed=3, dtype=torch.bfloat16) for mesh in meshes)
+    parts.pipe(micros[parts.mesh.dp_rank::parts.mesh.dp])
+    wrong, wide, want = set(), 0, dict[str, torch.Tensor]()
+    for m in micros:
+        one.pipe([m])
+        for name, p in one.parameters().items():
+            assert p.grad is not None
+            want[name], p.grad = want.get(name, 0) + p.grad, None
+    for name, p in parts.parameters().items():
+        if name.startswith("blocks") and isinstance(p.grad, DTensor):
+            got = p.grad.full_tensor()
+            wrong |= set() if torch.equal(got, want[name]) else {name}
+            wide += int((got != got.bfloat16()).sum())
+    return wrong, wide
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(pp=2, offload=True)], ids=["ranks", "micro-batches of pp"])
+def test_gradients_of_bf16_are_added_in_fp32(parallel: Parallel) -> None:
+    for wrong, wide in ranks.run(2, added, parallel):
+        assert not wrong
+        assert wide > 10_000
+
+
+def sent(rank: int, n: int, local: int) -> set[tuple[bool, torch.dtype]]:
+    """In which types gradients travel: (of experts, type)."""
+    seen, reduce = set(), shard._Added.__call__
+
+    def noted(self: Any, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **options: Any) -> Any:
+        seen.add(("experts" in self.name, input_tensor.dtype))
+        return reduce(self, output_tensor, input_tensor, **options)
+
+    shard._Added.__call__ = noted  # pyright: ignore
+    mesh = Mesh(Parallel(dp_replicate=2), CPU, rank, n, local=local)
+    build(tiny.config(channel="moe0", layers=1), mesh, seed=3, dtype=torch.bfloat16).pipe([tiny.micro(ROWS, LENGTH)])
+    return seen
+
+
+def test_gradients_travel_as_they_are_made_inside_a_machine_and_as_sums_between_machines() -> None:
+    """Of four ranks, two a machine, two share a mixer and all four the experts."""
+    assert ranks.run(4, sent, 2) == [{(False, torch.bfloat16), (True, torch.float32)}] * 4
+    assert ranks.run(4, sent, 0) == [{(False, torch.bfloat16), (True, torch.bfloat16)}] * 4
+
+
+def neighbours(rank: int, n: int, machines: list[tuple[int, ...]]) -> list[tuple[bool, bool]]:
+    meshes = [Mesh(Parallel(dp_replicate=2), CPU, rank, n, local=machine[rank]) for machine in machines]
+    return [(mesh.near("shard"), mesh.near("edp")) for mesh in meshes]
+
+
+def test_ranks_of_unequal_machines_agree_on_who_is_near() -> None:
+    """By its own machine of three, rank 1 would take rank 0 for a neighbour: one would send what the other adds up."""
+    even, uneven = (2, 2, 2, 2), (1, 3, 3, 3)
+    assert ranks.run(4, neighbours, [even, uneven]) == [[(True, False), (False, False)]] * 4
+
+
 def labelled(rank: int, n: int) -> None:
     """A mesh of another device, as far as a machine without one can have it: the pieces pretend."""
     mesh = init_device_mesh("cpu", (n,))

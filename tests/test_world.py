@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepladder.launch import agree, config, world
+from stepladder.launch import agree, cli, config, train, world
 from stepladder.launch.world import World, first_host, told
 from stepladder.parallel.watch import EXIT
 
@@ -209,6 +209,16 @@ def test_copy_engines_over_a_slow_link_are_refused(axis):
     with pytest.raises(ValueError, match=rf"^parallel.copies = true copies between GPUs of one machine, but parallel."
                                          rf"{axis} = 8 leaves its machine, which has 4 ranks; set it to false$"):
         world.refuse_far_copies(run, World(0, 16, 0, "torchrun", 4))
+
+
+def test_a_run_says_to_its_mesh_how_many_ranks_its_machine_has(monkeypatch, tmp_path):
+    def trainer(run, folder, w, mesh, *rest):
+        raise ValueError(f"{mesh.local} ranks; stop")
+
+    monkeypatch.setattr(world, "find", lambda: World(local_size=1))
+    monkeypatch.setattr(train, "Trainer", trainer)
+    with pytest.raises(ValueError, match=r"^1 ranks"):
+        train.run(cli.parse(["train", str(DEMO), "--folder", str(tmp_path / "run")]))
 
 
 def test_tensor_parallelism_over_a_slow_link_is_warned_of_with_its_cost():
