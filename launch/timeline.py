@@ -127,14 +127,17 @@ def bubble(layout: Parallel, micros: int) -> float:
     return (layout.pp - 1) / (starts * micros + layout.pp - 1)
 
 
-def replay(boxes: Sequence[Box]) -> list[Box]:
+def replay(boxes: Sequence[Box], *, alike: bool = False) -> list[Box]:
     """The same work in the same order if nothing but the data held it up: what the schedule itself costs.
 
-    Each piece takes the mean time of its kind on its stage. What remains of the measured bubble is communication.
+    Each piece takes the mean time of its kind on its stage: what remains of the measured bubble is communication. Or,
+    if all are alike, on any stage: what remains then are stages that differ, and what `bubble` has more or less is that
+    it takes F, I and W for equally long.
     """
     spent: dict[tuple[str, int], list[float]] = defaultdict(list)
+    of = lambda b: (b.kind, 0 if alike else b.stage)
     for b in boxes:
-        spent[b.kind, b.stage].append(b.end - b.start)
+        spent[of(b)].append(b.end - b.start)
     last = max(b.stage for b in boxes)
     left = {r: sorted((b for b in boxes if b.rank == r), key=lambda b: b.start) for r in {b.rank for b in boxes}}
     free, done, out = dict.fromkeys(left, 0.0), {}, []
@@ -143,7 +146,7 @@ def replay(boxes: Sequence[Box]) -> list[Box]:
             while queue and all(need in done for need in _needs(queue[0], last)):
                 b = queue.pop(0)
                 start = max([free[rank], *(done[need] for need in _needs(b, last))])
-                free[rank] = done[b.kind, b.stage, b.micro] = start + _mean(spent[b.kind, b.stage])
+                free[rank] = done[b.kind, b.stage, b.micro] = start + _mean(spent[of(b)])
                 out.append(b._replace(start=start, end=free[rank]))
     return out
 

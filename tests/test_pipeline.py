@@ -465,3 +465,6 @@ def test_formulas_are_what_torchs_schedules_cost_with_equal_stages(schedule: str
     boxes = timeline.replay([b for rank in range(pp) for b in with_equal_stages(done, rank)])
     assert len(boxes) == micros * layout.stages * (3 if schedule == "zero-bubble" else 2)
     assert timeline.share(boxes) == pytest.approx(timeline.bubble(layout, micros))
+    slow = [b._replace(end=b.end + (b.stage == layout.stages - 1)) for b in boxes]
+    assert timeline.share(timeline.replay(slow)) > 1.1 * timeline.bubble(layout, micros)
+    assert timeline.share(timeline.replay(slow, alike=True)) == pytest.approx(timeline.bubble(layout, micros))

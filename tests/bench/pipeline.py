@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 4 tests/bench/pipeline.py            # or 2; --draw FOLDER, --cpu for a dry run
 
 A dense model with stages of equal work (the vocabulary is small), in bf16 and eager, 4 micro-batches a rank. The bubble
-is that of one step after the timed ones; "free" is what the same pieces of work cost if sending took no time.
+is that of one step after the timed ones; "free" is what the same pieces of work cost if sending took no time, "alike"
+the same with pieces of a kind that take equally long on every stage. The formula of zero-bubble wants F = I = W.
 """
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import argparse
 import os
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -62,14 +64,17 @@ def measure(cfg: ModelConfig, layout: Parallel, batch: list[Micro], args: argpar
     if args.draw and rank == 0:
         timeline.draw(boxes, Path(args.draw) / f"{layout.schedule}-{layout.chunks}-pp{layout.pp}.png", layout)
     step = statistics.median(times)
-    mean = {k: statistics.mean(b.end - b.start for b in boxes if b.kind == k) * 1e3 for k in dict.fromkeys(
-        b.kind for b in boxes)}
+    took = defaultdict(list)
+    for b in boxes:
+        took[b.kind, b.stage].append(1e3 * (b.end - b.start))
+    mean = {k: [statistics.mean(took[of]) for of in sorted(took) if of[0] == k] for k, _ in took}
     spans = layout.stages // layout.pp
     measured, formula = timeline.share(boxes), timeline.bubble(layout, len(batch))
     return [layout.schedule, str(spans), f"{step * 1e3:.1f} ({min(times) * 1e3:.1f}-{max(times) * 1e3:.1f})",
             f"{len(batch) * batch[0].tokens.numel() / step:,.0f}", f"{measured:.1%}",
-            f"{timeline.share(timeline.replay(boxes)):.1%}", f"{formula:.1%}", f"{measured / formula:.2f}",
-            ", ".join(f"{k} {v:.2f}" for k, v in mean.items()), f"{float(memory):.1f}"]
+            *(f"{timeline.share(timeline.replay(boxes, alike=alike)):.1%}" for alike in (False, True)),
+            f"{formula:.1%}", f"{measured / formula:.2f}",
+            ", ".join(f"{k} {' '.join(f'{x:.2f}' for x in v)}" for k, v in mean.items()), f"{float(memory):.1f}"]
 
 
 def main() -> None:
@@ -105,9 +110,9 @@ def main() -> None:
         name = "cpu" if args.cpu else torch.cuda.get_device_name()
         print(f"{world.size} x {name}, torch {torch.__version__}: {cfg.layers} layers of width {cfg.width}, "
               f"{len(batch)} micro-batches of 2 x {args.tokens} tokens, median of {args.steps} steps, no optimizer")
-        print("| schedule | spans a rank | step ms (min-max) | tokens/s | bubble | free | formula | bubble/formula | "
-              "mean ms of a piece | GiB |")
-        print("|---|---|---|---|---|---|---|---|---|---|")
+        print("| schedule | spans a rank | step ms (min-max) | tokens/s | bubble | free | alike | formula | "
+              "bubble/formula | mean ms of a piece, by stage | GiB |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
         for row in rows:
             print(f"| {' | '.join(row)} |")
 
