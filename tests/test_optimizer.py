@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -48,6 +49,22 @@ def test_a_step_is_torchs_adamw_on_the_mean_loss(clip: float, dtype: torch.dtype
     for name, p in ours.parameters().items():
         if p.requires_grad:
             assert float((p - learn[name]).detach().norm() / learn[name].detach().norm()) < error, name
+
+
+def test_the_next_step_waits_for_a_checkpoints_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, in truth: test_gpu.py: test_a_step_changes_nothing_that_a_checkpoint_still_copies."""
+    p, waited = parts(torch.float32, "moe1"), []
+    optimizer = Optimizer(p)
+    before = {name: t.clone() for name, t in optimizer.state().items()}
+
+    def wait(event: object) -> None:
+        waited.append((event, [name for name, t in optimizer.state().items() if not torch.equal(t, before[name])]))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=wait))
+    optimizer.copying = "copied"  # pyright: ignore[reportAttributeAccessIssue]
+    for at in range(2):
+        optimizer.step(p.pipe([tiny.micro(2, 16, seed=at)]), 1e-2)
+    assert waited == [("copied", [])]
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
