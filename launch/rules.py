@@ -25,7 +25,7 @@ def check(run: Run, world_size: int) -> None:
 def anywhere(run: Run, world_size: int) -> None:
     """The same, but for what depends on this machine: jobs are made on another than they run on."""
     for rule in (_mesh, _heads, _tensor, _copies, _experts, _pregates, _sequence, _data, _batch, _pipeline, _schedule,
-                 _engine, _graph):
+                 _engine, _shard_ctas, _graph):
         rule(run, world_size)
     support.refuse(run.model, run.parallel, world_size // (run.parallel.tp * run.parallel.pp))
 
@@ -239,10 +239,23 @@ def _graph(run: Run, world: int) -> None:
                               f"or {way_out}")
 
 
+def _shard_ctas(run: Run, world: int) -> None:
+    p, plan, way_out = run.parallel, derived(run, world), "set parallel.shard_ctas = 0"
+    if not p.shard_ctas:
+        return
+    if plan.device == "cpu":
+        raise ConfigError(f"parallel.shard_ctas = {p.shard_ctas} is about multiprocessors of a GPU, but this run is on "
+                          f"the CPU; {way_out}")
+    if plan.shards == 1 and not (_moe(run) and plan.dp * p.tp > p.ep):
+        raise ConfigError(f"parallel.shard_ctas = {p.shard_ctas} is about weights that ranks share, but dp = {plan.dp} "
+                          f"and dp_replicate = {p.dp_replicate} leave each rank its own; {way_out}")
+
+
 def _engine(run: Run, world: int) -> None:
     p, train = run.parallel, run.train
     theirs = {"zero": p.zero, "nvme": p.nvme or None}                 # None: not asked for
-    ours = {"reshard": None if p.reshard else False, "dp_replicate": p.dp_replicate if p.dp_replicate > 1 else None}
+    ours = {"reshard": None if p.reshard else False, "dp_replicate": p.dp_replicate if p.dp_replicate > 1 else None,
+            "shard_ctas": p.shard_ctas or None}
     other, idle = ("deepspeed", theirs) if p.engine == "fsdp" else ("fsdp", ours)
     for key, value in idle.items():
         if value is not None:

@@ -1,6 +1,7 @@
 """Where a rank stands. World rank = ((pp * dp) + dp rank) * tp + tp rank: tp ranks are neighbours, stages far apart."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -161,11 +162,11 @@ class Mesh:
             dist.init_process_group("gloo" if self.device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0,
                                     world_size=1)
         every = list(decls)
-        _ = self.dense, self.data
+        _ = self.dense, self.data, self.slim("shard")
         if tied:
             _ = self.ends
         if any(d.ep is not None for d in every):
-            _ = self.expert
+            _ = self.expert, self.slim("edp")
             self.beside("ep")
         self.beside("tp")
         _ = self.edges
@@ -193,6 +194,28 @@ class Mesh:
 
     @cached_property
     def _beside(self) -> dict[str, dist.ProcessGroup]:
+        return {}
+
+    def slim(self, axis: str) -> dist.ProcessGroup | None:
+        """A second group of the ranks of shard or edp, whose collectives take parallel.shard_ctas multiprocessors. None
+        where NCCL shall choose, or has nothing to do."""
+        p = self.layout
+        n, step = (self.dp // p.dp_replicate, self.tp) if axis == "shard" else (self.edp, self.ep)
+        if not p.shard_ctas or n == 1 or self.device.type == "cpu":
+            return None
+        if (n, step) not in self._slim:
+            options = dist.ProcessGroupNCCL.Options()
+            options.config.max_ctas = p.shard_ctas
+            rows = torch.arange(self.size).view(-1, n, step).transpose(1, 2).reshape(-1, n).tolist()
+            with warnings.catch_warnings():            # of options that have no timeout of their own
+                warnings.filterwarnings("ignore", message="backend_options._timeout was specified")
+                group, _ = dist.new_subgroups_by_enumeration(rows, timeout=self.patience, pg_options=options)
+            assert isinstance(group, dist.ProcessGroup)
+            self._slim[n, step] = group
+        return self._slim[n, step]
+
+    @cached_property
+    def _slim(self) -> dict[tuple[int, int], dist.ProcessGroup]:
         return {}
 
     def near(self, axis: str) -> bool:

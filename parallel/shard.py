@@ -75,6 +75,8 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
     if expert >= least and any(decl.ep is not None for decl in decls.values()):
         over["edp"] = mesh.expert["edp"]
     policies = {axis: _policy(mesh, axis, dtype) for axis in over}
+    if any(mesh.slim(axis) for axis in over):
+        _leave_room(mesh.layout.shard_ctas)
     home = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     names = {module: name for name, module in model.named_modules()}
 
@@ -87,8 +89,9 @@ def wrap(root: nn.Module, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> dic
         module.set_gradient_divide_factor(1.0)               # sums, not means
         module.set_force_sum_reduction_for_comms(True)       # gloo has no scaled sums
         where = names.get(module, "the model's ends")
-        module.set_custom_all_gather(_Noted(all_gather_single, f"all-gather of {where}'s weights"))  # pyright: ignore
-        module.set_custom_reduce_scatter(_Added(reduce_scatter_single, f"reduce-scatter of {where}'s gradients"))  # pyright: ignore
+        by = mesh.slim(axis) if module in names else None    # at the ends nothing runs beside: all NCCL can take
+        module.set_custom_all_gather(_Noted(all_gather_single, f"all-gather of {where}'s weights", by))  # pyright: ignore
+        module.set_custom_reduce_scatter(_Added(reduce_scatter_single, f"reduce-scatter of {where}'s gradients", by))  # pyright: ignore
 
     for block in blocks(model):
         experts = getattr(block.channel, "experts", None)
@@ -112,11 +115,19 @@ def _policy(mesh: Mesh, axis: str, dtype: torch.dtype) -> MixedPrecisionPolicy:
                                 reduce_dtype=dtype if narrow else torch.promote_types(dtype, torch.float32))
 
 
-class _Noted:
-    """FSDP's own collective, whose name the watchdog hears."""
+def _leave_room(ctas: int) -> None:
+    """Products take all multiprocessors but so many. They deal their tiles out beforehand, and one that finds some
+    multiprocessors taken, by NCCL, waits for them with their share: up to its time again."""
+    warnings.filterwarnings("ignore", message="torch.backends.cuda.preferred_blas_library is an experimental")
+    torch.backends.cuda.preferred_blas_library("cublaslt")           # which heeds it; cublas does not
+    torch._C._set_sm_carveout_experimental(ctas)
 
-    def __init__(self, run: Callable[..., dist.Work | None], name: str) -> None:
-        self.run, self.name = run, name
+
+class _Noted:
+    """FSDP's own collective, whose name the watchdog hears. by: another group of the same ranks."""
+
+    def __init__(self, run: Callable[..., dist.Work | None], name: str, by: dist.ProcessGroup | None = None) -> None:
+        self.run, self.name, self.by = run, name, by
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -124,7 +135,7 @@ class _Noted:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup,
                  **options: Any) -> dist.Work | None:
         watch.note(self.name)
-        return self.run(output_tensor, input_tensor, group=group, **options)
+        return self.run(output_tensor, input_tensor, group=self.by or group, **options)
 
 
 class _Added(_Noted):
@@ -144,7 +155,7 @@ class _Added(_Noted):
             return super().__call__(output_tensor, input_tensor, group, **options)
         watch.note(self.name)
         parts = torch.empty_like(input_tensor)
-        dist.all_to_all_single(parts, input_tensor, group=group)
+        dist.all_to_all_single(parts, input_tensor, group=self.by or group)
         add(parts.view(dist.get_world_size(group), -1).unbind(), output_tensor)
 
 

@@ -21,6 +21,7 @@ class Parallel:
     sequence: bool = False         # the stream between sublayers is split over tp by tokens
     copies: bool = False           # tp's sums, ep's rows by copy engines (GPUs of one machine), not by NCCL's kernels
     shard: bool = True             # FSDP2 over dp; false: gradients are all-reduced and every rank holds everything
+    shard_ctas: int = 0            # multiprocessors that their collectives take and products leave; 0: NCCL's choice
     reshard: bool = True           # free gathered weights after the forward pass, gather again for the backward
     offload: bool = False          # what is sharded stays in host memory, which updates it: weights, gradients, moments
     engine: Literal["fsdp", "deepspeed"] = "fsdp"      # what shards over dp
@@ -31,6 +32,8 @@ class Parallel:
         for name in ("tp", "pp", "chunks", "ep", "dp_replicate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0 <= self.shard_ctas <= 64:
+            raise ValueError(f"shard_ctas = {self.shard_ctas} must be 1 to 64, NCCL's most, or 0 for its choice")
         if self.schedule == "zero-bubble" and self.chunks != 2:
             raise ValueError(f"chunks = {self.chunks}, but zero-bubble is a V of 2 spans a rank; set it to 2 "
                              "or schedule = \"interleaved\"")

@@ -163,6 +163,8 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
     ("optimizer.lr", 0, "optimizer.lr = 0.0 is out of range; it must be above 0"),
     ("train.dtype", "bf61", 'train.dtype = "bf61" is not one of "bf16", "fp32", "fp64", did you mean bf16?'),
     ("parallel.tp", 0, "parallel: tp = 0 must be at least 1"),
+    ("parallel.shard_ctas", 65, "parallel: shard_ctas = 65 must be 1 to 64, NCCL's most, or 0 for its choice"),
+    ("parallel.shard_ctas", -1, "parallel: shard_ctas = -1 must be 1 to 64"),
     ("parallel", {"schedule": "zero-bubble", "chunks": 3}, "parallel: chunks = 3, but zero-bubble is a V of 2 spans"),
     ("parallel.schedule", "zb", 'parallel.schedule = "zb" is not one of "1f1b", "interleaved", "zero-bubble"'),
     # the model's own rules, under the path the user wrote
@@ -234,6 +236,12 @@ TP2 = {"parallel.tp": 2}
                               for name in ("gla", "full")},
      "model.blocks.gla.token.groups = 2 is not divisible by parallel.tp = 4; change one of them"),
     (2, TP2 | {"parallel.copies": True, "train.device": "cpu"}, "parallel.copies = true copies from GPU to GPU, but"),
+    (2, {"parallel.shard_ctas": 4, "train.device": "cpu"},
+     "parallel.shard_ctas = 4 is about multiprocessors of a GPU, but this run is on the CPU; set parallel.shard_ctas"),
+    (2, {"parallel.shard_ctas": 4, "parallel.shard": False},
+     "parallel.shard_ctas = 4 is about what FSDP shards, but parallel.shard = false; drop shard_ctas or shard"),
+    (2, {"parallel.shard_ctas": 4, "parallel.engine": "deepspeed"},
+     'parallel.shard_ctas = 4 is for engine = "fsdp", but the engine is "deepspeed"; drop shard_ctas or change'),
     (2, {"parallel.dp_replicate": 2, "parallel.shard": False},
      "parallel.dp_replicate = 2 is about what FSDP shards, but parallel.shard = false; drop dp_replicate or shard"),
     (1, {"parallel.sequence": True}, "parallel.sequence = true splits tokens over tp ranks, but parallel.tp = 1;"),
@@ -255,6 +263,20 @@ def test_what_cannot_run_is_refused_with_a_way_out(world, changes, sentence):
     text = says(rules.check, parsed(**changes), world)
     assert text.startswith(sentence)
     assert ";" in text    # the way out
+
+
+@pytest.mark.parametrize(("layout", "dp"), [
+    ({}, "dp = 1 and dp_replicate = 1 "), (TP2, ""), (TP2 | {"parallel.ep": 2}, "dp = 1 and dp_replicate = 1 "),
+    ({"parallel.dp_replicate": 2} | DENSE, "dp = 2 and dp_replicate = 2 "), (DENSE, "")])
+def test_room_for_collectives_is_refused_where_ranks_share_no_weights(layout, dp):
+    """Experts are shared over dp x tp / ep."""
+    run = parsed(**layout | {"parallel.shard_ctas": 4, "train.device": "cuda", "data.lanes": 2})
+    world = 2 if layout else 1
+    if not dp:
+        return rules.anywhere(run, world)
+    assert says(rules.anywhere, run, world) == (
+        f"parallel.shard_ctas = 4 is about weights that ranks share, but {dp}leave each rank its own; "
+        "set parallel.shard_ctas = 0")
 
 
 @pytest.mark.parametrize("dp", [2, 3, 5, 6, 7, 12])

@@ -1,6 +1,7 @@
 """FSDP2: what stays in host memory with offload, and what the optimizer makes of it."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,6 +212,55 @@ def test_ranks_of_unequal_machines_agree_on_who_is_near() -> None:
     """By its own machine of three, rank 1 would take rank 0 for a neighbour: one would send what the other adds up."""
     even, uneven = (2, 2, 2, 2), (1, 3, 3, 3)
     assert ranks.run(4, neighbours, [even, uneven]) == [[(True, False), (False, False)]] * 4
+
+
+def slim(rank: int, n: int) -> tuple[int | None, list[str], list[tuple[str, bool]]]:
+    """The multiprocessors that products leave, the slim groups that are asked for first, and which collectives of a
+    pass go by one."""
+    group, groups, names, dist = torch.distributed.new_group(), [], list[str](), shard.dist
+    mesh, asked = Mesh(Parallel(shard_ctas=4), CPU, rank, n), list[str]()
+    object.__setattr__(mesh, "slim", lambda axis: (asked.append(axis), group)[1])
+    torch.backends.cuda.preferred_blas_library = groups.append  # pyright: ignore
+    gather, change = shard.all_gather_single, dist.all_to_all_single
+    shard.all_gather_single = lambda *a, group, **kw: (groups.append(group), gather(*a, group=group, **kw))[1]
+    shard.dist = SimpleNamespace(**{**vars(dist), "all_to_all_single": lambda *a, group: (  # pyright: ignore
+        groups.append(group), change(*a, group=group))[1]})
+    parts = build(tiny.config(channel="moe0", layers=2), mesh, seed=3, dtype=torch.bfloat16)
+    shard.watch = SimpleNamespace(note=names.append)  # pyright: ignore
+    parts.pipe([tiny.micro(ROWS, LENGTH)])
+    assert groups.pop(0) == "cublaslt"
+    return torch._C._get_sm_carveout_experimental(), asked[:2], [*zip(names, (g is group for g in groups), strict=True)]
+
+
+def test_sm_carveout_experimental_is_what_collectives_take_that_run_beside_products() -> None:
+    for left, asked, seen in ranks.run(2, slim):
+        assert left == 4
+        assert asked == ["shard", "edp"]                  # by all ranks, before any knows which layers it holds
+        assert {name for name, by in seen if not by} == {"all-gather of the model's ends's weights",
+                                                         "reduce-scatter of the model's ends's gradients"}
+        assert {"all-gather of head's weights", "reduce-scatter of blocks.1.channel.experts's gradients"} <= {
+            name for name, by in seen if by}
+
+
+@pytest.mark.parametrize(("axis", "rows"), [
+    ("shard", [[0, 2], [1, 3], [4, 6], [5, 7]]), ("edp", [[0, 4], [1, 5], [2, 6], [3, 7]])])
+def test_a_slim_group_has_the_ranks_of_its_axis_and_few_ctas(monkeypatch: pytest.MonkeyPatch, axis: str,
+                                                             rows: list[list[int]]) -> None:
+    made = []
+
+    def new(rows: list[list[int]], timeout: object, pg_options: Any) -> Any:
+        made.append((rows, pg_options.config.max_ctas))
+        return torch.distributed.ProcessGroup(0, 2), []  # pyright: ignore
+
+    options = SimpleNamespace(Options=lambda: SimpleNamespace(config=SimpleNamespace()))
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", options, raising=False)
+    monkeypatch.setattr(torch.distributed, "new_subgroups_by_enumeration", new)
+    parallel = Parallel(tp=2, ep=4, dp_replicate=2, shard_ctas=3)
+    mesh = Mesh(parallel, torch.device("cuda"), 5, 8)
+    assert mesh.slim(axis) is mesh.slim(axis) is not None
+    assert made == [(rows, 3)]
+    for other in (Mesh(parallel, CPU, 5, 8), Mesh(replace(parallel, shard_ctas=0), torch.device("cuda"), 5, 8)):
+        assert other.slim(axis) is None
 
 
 def labelled(rank: int, n: int) -> None:

@@ -60,7 +60,7 @@ def test_names_and_partitions_are_quoted_as_slurm_reads_them(printed, capsys, tm
 
 
 @pytest.mark.parametrize("settings", [
-    ["parallel.tp=2", "parallel.copies=true"], ["train.device=cuda"],
+    ["parallel.tp=2", "parallel.copies=true"], ["train.device=cuda"], ["parallel.shard_ctas=4"],
     ["train.graph=true", "parallel.shard=false", "train.device=auto"],
     ["parallel.engine=deepspeed", "parallel.offload=true", "parallel.nvme=/local/disk"]], ids=lambda s: s[0])
 def test_what_the_machine_that_prints_a_job_lacks_is_left_to_its_nodes(printed, monkeypatch, settings):
