@@ -123,8 +123,11 @@ class Rows:
     """Rows to the ranks of `group` that they are for and back, uneven: send() and take() there, fetch() home. In each
     direction one after the other, on a stream of its own: what goes home waits for mixers.
 
-      inbox    written by all before the meeting in send(); read by its owner until the one in take()
-      outbox   written by its owner before the first meeting in fetch(); read by all until the second
+    By turns one meeting each way, which also tells that the boxes of the other way are free: who comes to fetch()'s has
+    taken its rows, who comes to the next send()'s has read every outbox. A meeting of take()'s own waited for the
+    slowest rank while the experts began: its kernel keeps a multiprocessor from their first product.
+      inbox    written by all before the meeting in send(), read by its owner in take() before that in fetch()
+      outbox   written by its owner before the meeting in fetch(), read by all before that in send()
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
@@ -132,11 +135,16 @@ class Rows:
         self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.others = [(self.rank + i) % self.n for i in range(1, self.n)]
         self.there, self.home, self.own = (torch.cuda.Stream(device, priority=-1) for _ in range(3))
-        self.size, self.sent, self.fetched = 0, False, self.home.record_event()
+        self.size, self.last, self.sent = 0, "", False
+        self.came = self.taken = self.fetched = self.home.record_event()
 
     def room(self, size: int) -> None:
         """Every rank's boxes hold `size` bytes. Collective where they grow, with the same size on every rank."""
         if size > self.size:
+            if self.size:                                           # which others may still be reading
+                with torch.cuda.stream(self.home):
+                    self.home.wait_event(self.taken)
+                    self._meet(2)
             torch.cuda.synchronize(self.device)
             self.size = -(-size * 5 // 4 // 4096) * 4096            # the next rows are seldom as many
             self.memory = symmetric.empty(2 * self.size, dtype=torch.uint8, device=self.device)
@@ -145,39 +153,47 @@ class Rows:
     def send(self, x: Tensor, shares: Shares) -> Any:
         """x (N, D), the first rows for rank 0, is needed until the event is over; take() then gives what has come."""
         assert not self.sent, "rows lie in the inbox that nobody has taken"
-        self.sent, parts = True, x.split(shares.sizes)
+        parts = x.split(shares.sizes)
         self.there.wait_stream(torch.cuda.current_stream(self.device))
+        self.there.wait_event(self.fetched)
         with torch.cuda.stream(self.there):
+            if self.last == "send":                     # what is computed again is sent again, and not fetched between
+                self.there.wait_event(self.taken)
+                self._meet(1)
             self._copy([self._inbox(r, shares.begins[r], part) for r, part in enumerate(parts)], parts)
             self._meet(1)
-            return self.there.record_event()
+            self.came = self.there.record_event()
+        self.last, self.sent = "send", True
+        return self.came
 
     def take(self, order: Tensor, like: Tensor) -> Tensor:
         """What has come, in another order (n,). like (N, D) is what was sent."""
         shape = torch.Size((order.shape[0], like.shape[1]))
         y = self.handle.get_buffer(self.rank, shape, like.dtype, 0).index_select(0, order)
-        self.there.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.there):
-            self._meet(1)
-        self.sent = False
+        self.taken, self.sent = torch.cuda.current_stream(self.device).record_event(), False
         return y
 
     def fetch(self, x: Tensor, order: Tensor, shares: Shares) -> tuple[Tensor, Any]:
         """x (n, D), what became of the rows that had come, once in `order` as they had; those sent, and the event that
         completes them."""
+        assert not self.sent, "rows lie in the inbox that nobody has taken"
         lane = torch.cuda.current_stream(self.device)
-        lane.wait_event(self.fetched)
+        if self.last == "fetch":
+            with torch.cuda.stream(self.home):
+                self._meet(2)
+                self.came = self.home.record_event()
+        lane.wait_event(self.came)
         torch.index_select(x, 0, order, out=self._outbox(self.rank, 0, x))
         self.home.wait_stream(lane)
+        self.home.wait_event(self.taken)
         with torch.cuda.stream(self.home):
             self._meet(2)
             y = x.new_empty(sum(shares.sizes), x.shape[1])
             parts = y.split(shares.sizes)
             self._copy(parts, [self._outbox(r, shares.begins[r], part) for r, part in enumerate(parts)])
-            done = self.home.record_event()
-            self._meet(2)
             self.fetched = self.home.record_event()
-        return y, done
+        self.last = "fetch"
+        return y, self.fetched
 
     def _copy(self, to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
         """By rank; what stays on this one beside the rest."""

@@ -292,13 +292,13 @@ class Boxes:
         return self.boxes[owner][half][begin:begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
     def barrier(self, channel: int) -> None:
-        """By channel 1 the others write this rank's inbox, by channel 2 they read its outbox, either until now or from
-        now on."""
+        """Until it or from it on the others write this rank's inbox, and read its outbox."""
         self.log.append(f"meet {channel}")
         with self.apart():
             dist.barrier(self.group)
-        lane, box = self.model.current, self.boxes[dist.get_rank(self.group)][channel - 1]
-        self.model._touch(_key(box), (lane, lane.tick(), "what others do"), channel == 1)
+        lane = self.model.current
+        for box, written in zip(self.boxes[dist.get_rank(self.group)], (True, False), strict=True):
+            self.model._touch(_key(box), (lane, lane.tick(), "what others do"), written)
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
