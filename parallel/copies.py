@@ -134,7 +134,8 @@ class Rows:
         self.group, self.device = group, device
         self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.others = [(self.rank + i) % self.n for i in range(1, self.n)]
-        self.there, self.home, self.own = (torch.cuda.Stream(device, priority=-1) for _ in range(3))
+        self.there, self.home = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
+        self.lines = [torch.cuda.Stream(device, priority=-1) for _ in range(min(self.n, 4) - 1)]
         self.size, self.last, self.sent = 0, "", False
         self.came = self.taken = self.fetched = self.home.record_event()
 
@@ -196,14 +197,17 @@ class Rows:
         return y, self.fetched
 
     def _copy(self, to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
-        """By rank; what stays on this one beside the rest."""
+        """By rank, several at once: one after the other, ranks out of step meet at the same peer, and each has half of
+        its link (four H200: 180 GB/s of 385 in a sixth of the copies)."""
         lane = torch.cuda.current_stream(self.device)
-        self.own.wait_stream(lane)
-        with torch.cuda.stream(self.own):
-            to[self.rank].copy_(of[self.rank])
-        for peer in self.others:
-            to[peer].copy_(of[peer])
-        lane.wait_stream(self.own)
+        lines = [lane, *self.lines]
+        for line in self.lines:
+            line.wait_stream(lane)
+        for i, r in enumerate((self.rank, *self.others)):
+            with torch.cuda.stream(lines[i % len(lines)]):
+                to[r].copy_(of[r])
+        for line in self.lines:
+            lane.wait_stream(line)
 
     def _inbox(self, owner: int, begin: int, like: Tensor) -> Tensor:
         return self.handle.get_buffer(owner, like.shape, like.dtype, begin * like.shape[1])
