@@ -7,7 +7,7 @@ ep:    a 64-expert top-4 model, its rows fixed a GPU; ladder and standard wiring
        (standard - none of standard). "host" is how long the calls of a pass take, waiting for counts included.
 pregated: the same with routers that choose for the next block.
 fsdp:  the dense 1.1B shape of tests/bench/dense.py, 8 x 2048 tokens a GPU, its whole training step; "kept": with
-       gathered weights kept for the backward pass.
+       gathered weights kept for the backward pass; "4 CTAs": collectives leave the other multiprocessors to products.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from stepladder.model.config import BlockConfig, ModelConfig
 from stepladder.model.decoder import blocks
 from stepladder.model.registry import CHANNEL, TOKEN, find
-from stepladder.parallel.build import Parts, build
+from stepladder.parallel.build import build
 from stepladder.parallel.expert import Carry
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.optimizer import Optimizer
@@ -39,6 +39,9 @@ from stepladder.parallel.support import Parallel
 
 KINDS = "ep", "pregated", "fsdp"
 LAGS = {"standard": (0, 0), "ladder": (1, 1), "standard copied": (0, 0), "ladder copied": (1, 1), "none": (0, 0)}
+
+SHARDED = {"step": Parallel(), "kept": Parallel(reshard=False),
+           "kept, 4 CTAs": Parallel(reshard=False, shard_ctas=4)}     # last: products of this process then leave room
 
 
 def moe(small: bool, ahead: int) -> ModelConfig:
@@ -120,22 +123,30 @@ def experts(mesh: Mesh, small: bool, ahead: int, rows: int, trace: str) -> dict[
 
 
 def sharded(mesh: Mesh, small: bool, trace: str) -> dict[str, float]:
-    """Median ms of a training step, weights given back after the forward pass or kept."""
+    """Median ms of a training step, by side."""
     took = {}
-    for side, reshard in (("step", True), ("kept", False)) if mesh.size > 1 else (("step", True),):
-        mesh = Mesh(Parallel(reshard=reshard), mesh.device, mesh.rank, mesh.size)
-        parts = build(dense(small), mesh, seed=0, dtype=torch.bfloat16, compiled=mesh.device.type == "cuda")
-        optimizer = Optimizer(parts)
-        m = batch(parts.decoder.cfg, mesh, 2 if small else 8, 64 if small else 2048)
-
-        def step(parts: Parts = parts, optimizer: Optimizer = optimizer, m: Micro = m) -> None:
-            result = parts.pipe([m])
-            parts.sums()
-            optimizer.step(result, 1e-4)
-        timed(step, 4, mesh.device)
-        took[side] = median(timed(step, 5, mesh.device)[0] for _ in range(3))
-        traced(step, trace.replace("SIDE", side), mesh)
+    for side, layout in SHARDED.items():
+        if mesh.size > 1 or side == "step":
+            took[side] = trained(Mesh(layout, mesh.device, mesh.rank, mesh.size), small,
+                                 trace.replace("SIDE", side.replace(", ", "-").replace(" ", "-")))
+            gc.collect()                       # the model: it would stand in the memory of the next
     return took
+
+
+def trained(mesh: Mesh, small: bool, trace: str) -> float:
+    parts = build(dense(small), mesh, seed=0, dtype=torch.bfloat16, compiled=mesh.device.type == "cuda")
+    optimizer = Optimizer(parts)
+    m = batch(parts.decoder.cfg, mesh, 2 if small else 8, 64 if small else 2048)
+
+    def step() -> None:
+        result = parts.pipe([m])
+        parts.sums()
+        optimizer.step(result, 1e-4)
+
+    timed(step, 3, mesh.device)
+    ms = median(timed(step, 4, mesh.device)[0] for _ in range(3))
+    traced(step, trace, mesh)
+    return ms
 
 
 def batch(cfg: ModelConfig, mesh: Mesh, rows: int, length: int) -> Micro:
@@ -197,7 +208,8 @@ def main() -> None:
     for (kind, n), r in found.items():
         one = found.get((kind, 1))
         for side, speed in r["tokens_per_s"].items():
-            base = one["tokens_per_s"].get(side) if one else None
+            alone = one["tokens_per_s"] if one else {}
+            base = alone.get(side, alone.get("step"))            # one GPU keeps its weights anyway
             host = f" host {r['ms'][f'host {side}']:.1f}" if f"host {side}" in r["ms"] else ""
             print(f"{kind:8} {n} GPUs {side:15} {r['ms'][side]:8.2f} ms{host} {speed:12,.0f} tokens/s "
                   f"{r['memory']:6.1f} GiB" + (f"  {speed / n / base:.1%} of one GPU's, a GPU" if base else ""))
