@@ -346,6 +346,8 @@ TESTED = {      # private names in use -> their test
     "torch.utils._pytree.tree_map": "test_private_pytree_reaches_into_named_tuples",
     "torch._C._autograd": "test_private_set_sequence_nr_moves_a_node_back",
     "torch._C._autograd._get_sequence_nr": "test_private_set_sequence_nr_moves_a_node_back",
+    "torch._C._set_sm_carveout_experimental":
+        "test_sm_carveout_experimental_is_what_collectives_take_that_run_beside_products",
     "torch._dynamo": "test_private_recompile_limit_lets_a_function_have_more_than_eight_shapes",
     "torch._dynamo.config": "test_private_recompile_limit_lets_a_function_have_more_than_eight_shapes",
     "torch._dynamo.config.recompile_limit": "test_private_recompile_limit_lets_a_function_have_more_than_eight_shapes",
