@@ -179,7 +179,9 @@ store = w.meet(0.5)
 store.set(str(w.rank), "here")
 store.wait(["0", "1"], datetime.timedelta(seconds=20))
 w.connect(torch.device("cpu"), store, datetime.timedelta(seconds=20))
+store.set(f"connected {w.rank}", "")
 if first and w.rank == 1:
+    store.wait(["connected 0"], datetime.timedelta(seconds=20))         # or rank 0 would fail by itself
     open("died", "w")
     os._exit(1)
 if first:
