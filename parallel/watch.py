@@ -53,6 +53,34 @@ class LostRank(RuntimeError):
     passing = True         # started again, it may well run
 
 
+class Process(NamedTuple):
+    """Of a machine since its start, and of the namespace in which its number means it."""
+    home: str                # nothing where /proc does not tell
+    pid: int
+    born: int                # in ticks of the machine: numbers are used again
+
+    @staticmethod
+    def this() -> Process:
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            return Process(f"{boot} {os.readlink('/proc/self/ns/pid')}", os.getpid(), _born(os.getpid()))
+        except OSError:
+            return Process("", os.getpid(), 0)
+
+    def ended(self, home: str) -> bool:
+        """It is one of `home`, and no more."""
+        return self.home == home != "" and _born(self.pid) != self.born
+
+
+def _born(pid: int) -> int:
+    """-1 for a process that is not, or that has ended and whose parent has not asked yet."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return -1
+    return -1 if state in "ZX" else int(rest[18])
+
+
 class Word(NamedTuple):
     """What a rank last said of itself. One whose beats stop is gone: the process, or the machine."""
     beat: int
@@ -60,6 +88,7 @@ class Word(NamedTuple):
     step: int
     started: int             # collectives, since the beginning
     stands: str              # at which collective, and where in the source
+    process: Process
 
 
 class Watch:
@@ -97,6 +126,7 @@ class Watch:
         self.names = [("", "")] * NAMES
         self.held: deque[tuple[int, float, dist.Work]] = deque()
         self.runs += 1
+        self.process = Process.this()          # that which imported this may be its parent
         own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # the main thread may wait in the other
         self.store = dist.PrefixStore(f"watch/{self.runs}", own)
         self.store.set_timeout(timedelta(seconds=max(10.0, self.pause)))
@@ -159,12 +189,19 @@ class Watch:
         """These do not answer. Those that do not beat either are gone: an alarm, where no connection may ever break.
 
         Nothing else speaks against them, so they are listened to twice as long: a rank that holds its interpreter, in
-        AdamW on the host for one, says nothing meanwhile.
+        AdamW on the host for one, says nothing meanwhile. That a process of this machine has ended is known at once,
+        also of ranks that nobody here has asked.
         """
         if self.on:
             with contextlib.suppress(RuntimeError):
-                before, listened = self._read(ranks), not self.ended.wait(2 * LISTEN * self.pause)
-                if silent := self._silent(before, words := self._read(ranks)) if listened else []:
+                mesh = self.mesh
+                near = range(mesh.size)[mesh.rank - mesh.rank % (n := mesh.local or mesh.size):][:n]
+                before = self._read([*{*near, *ranks}])
+                silent, words = self._dead(before), before
+                if not silent and not self.ended.wait(2 * LISTEN * self.pause):
+                    words = self._read(ranks)
+                    silent = self._silent(before, words)
+                if silent:
                     self._leave(self._gone(silent, words))
 
     # What follows may run in either thread. Only training changes `held`: the main thread or autograd's, never both.
@@ -265,6 +302,9 @@ class Watch:
                 silent = self._silent(before, words)
                 if over or (len(silent) == 1 and listened >= SURE):
                     break
+            if silent := self._dead(before):           # where no connection breaks either
+                words = self._read()
+                break
         if silent:
             return self._gone(silent, words)
         if behind := self._behind(words):
@@ -277,8 +317,14 @@ class Watch:
     def _silent(self, before: dict[int, Word], words: dict[int, Word]) -> list[int]:
         return [r for r, word in words.items() if word.beat == before[r].beat and r != self.mesh.rank]
 
+    def _dead(self, words: dict[int, Word]) -> list[int]:
+        """Those of this machine whose process has ended."""
+        return [r for r, word in words.items() if word.process.ended(self.process.home)]
+
     def _gone(self, silent: list[int], words: dict[int, Word]) -> str:
-        return self._list(silent, lambda r: f"has been silent for {max(0.0, time.time() - words[r].time):.0f} s, "
+        dead = self._dead({r: words[r] for r in silent})
+        return self._list(silent, lambda r: f"has been silent for {max(0.0, time.time() - words[r].time):.0f} s"
+                                            f"{', its process has ended' * (r in dead)}, "
                                             f"last heard of {_in(words[r].step)}{words[r].stands}")
 
     def _list(self, ranks: list[int], what: Callable[[int], str]) -> str:
@@ -325,14 +371,15 @@ class Watch:
 
     def _say(self) -> None:
         self.beats, self.told = self.beats + 1, self.now
-        word = Word(self.beats, time.time(), self.told, self.started, self._stands())
+        word = Word(self.beats, time.time(), self.told, self.started, self._stands(), self.process)
         self.store.set(str(self.mesh.rank), json.dumps(word))
 
     def _read(self, ranks: Sequence[int] | None = None) -> dict[int, Word]:
         """What these ranks, or all, said last."""
         ranks = range(self.mesh.size) if ranks is None else ranks
         words = self.store.multi_get([*map(str, ranks)])
-        return {rank: Word(*json.loads(word)) for rank, word in zip(ranks, words, strict=True)}
+        said = zip(ranks, map(json.loads, words), strict=True)
+        return {rank: Word._make([*word, Process(*process)]) for rank, (*word, process) in said}
 
     def _rank(self, rank: int) -> str:
         return f"rank {rank} ({self.mesh.at(rank).place})"

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Ranks
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
-from stepladder.parallel.watch import BEAT, EXIT, HELD, LISTEN, SURE, LostRank, Watch, watch
+from stepladder.parallel.watch import BEAT, EXIT, HELD, LISTEN, SURE, LostRank, Process, Watch, _born, watch
 
 CPU = torch.device("cpu")
 LIMIT = 3.0
@@ -242,13 +243,16 @@ def test_an_error_of_this_rank_alone_stays_what_it_is() -> None:
             raise RuntimeError("out of memory")
 
 
-def waits_in_silence(rank: int, n: int, guilty: int) -> None:
+def waits_in_silence(rank: int, n: int, guilty: int, apart: bool, pause: float) -> None:
     """As over NCCL, where no connection breaks. The last rank is torchrun, too: one dies, and it ends the others."""
     stop.SOON = timedelta(seconds=0.3)
     asked = Stop()
     asked.meet(store(), rank, n, 1)
-    with watch.over(Mesh(Parallel(), CPU, rank, n), store(), 20 * LIMIT):
-        watch.pause = 0.3
+    if apart:                                         # of each other's processes they know nothing
+        here = Process.this()._replace(home=f"{rank}")
+        Process.this = staticmethod(lambda: here)  # pyright: ignore[reportAttributeAccessIssue]
+    with watch.over(Mesh(Parallel(), CPU, rank, n), store(), 100 * LIMIT):
+        watch.pause = pause
         watch.step(1)
         store().set(f"process/{rank}", str(os.getpid()))
         if rank == n - 1:
@@ -262,12 +266,41 @@ def waits_in_silence(rank: int, n: int, guilty: int) -> None:
 @pytest.mark.parametrize("guilty", [0, 1])
 def test_a_killed_rank_is_named_where_no_connection_breaks_but_its_launcher_ends_the_others(tmp_path: Path, guilty: int
                                                                                             ) -> None:
-    found = ends(3, waits_in_silence, tmp_path, guilty)
+    found = ends(3, waits_in_silence, tmp_path, guilty, True, 0.3)
+    assert found.pop(guilty)[0] == -signal.SIGKILL
+    assert len(found) == 2
+    for code, said in found.values():
+        assert code == EXIT
+        assert re.search(rf": rank {guilty} \(pp 0, dp {guilty}, tp 0, ep 0\) has been silent for \d+ s, last", said)
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_on_one_machine_it_is_known_without_listening(tmp_path: Path, guilty: int) -> None:
+    began = time.monotonic()
+    found = ends(3, waits_in_silence, tmp_path, guilty, False, BEAT)
+    assert time.monotonic() - began < 2 * LISTEN * BEAT        # for which a rank that may be alive is listened to
     assert found.pop(guilty)[0] == -signal.SIGKILL
     assert len(found) == 2
     for code, said in found.values():
         assert code == EXIT
         assert f": rank {guilty} (pp 0, dp {guilty}, tp 0, ep 0) has been silent for " in said
+        assert " s, its process has ended, last heard of " in said
+
+
+def test_a_process_that_has_ended_is_known_before_its_parent_asks_and_after() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    process = Process.this()._replace(pid=child.pid, born=_born(child.pid))
+    home = process.home
+    assert home
+    assert not process.ended(home)
+    assert not process._replace(born=process.born + 1).ended("another")         # of another machine: not known
+    assert process._replace(born=process.born - 1).ended(home)                  # its number is another's by now
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process.ended(home)
+    child.wait()
+    assert process.ended(home)
+    assert not process._replace(home="").ended("")
 
 
 def test_a_rank_that_does_not_answer_but_beats_is_not_suspected_for_long() -> None:
