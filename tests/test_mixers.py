@@ -122,6 +122,17 @@ def test_positions_and_documents_begin_anew_at_every_start() -> None:
     assert borders(start | True).shape == offsets.shape                  # shapes repeat, kernels are not rebuilt
 
 
+@pytest.mark.parametrize(("B", "T", "every", "most"), [(8, 2048, 512, 64), (8, 2048, 256, 64), (8, 2048, 255, 128),
+                                                       (3, 64, 64, 32), (1, 16, 1, 16)])
+def test_of_the_documents_that_attention_is_given_few_are_empty(B: int, T: int, every: int, most: int) -> None:
+    """Its kernels start as many blocks for an empty one as for a whole row."""
+    start = (torch.arange(T) % every == 0).repeat(B, 1)
+    offsets, real = borders(start), int(start.sum())
+    assert len(offsets) == most + 1
+    assert offsets[:real].tolist() == start.flatten().nonzero().flatten().tolist()
+    assert offsets[real:].tolist() == [B * T] * (most + 1 - real)
+
+
 @each_cell
 def test_packed_documents_do_not_see_each_other(cell: tuple[str, str, str]) -> None:
     # The balance loss is a row's, not a document's: without it documents add up, gradients included.
