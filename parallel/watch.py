@@ -54,31 +54,37 @@ class LostRank(RuntimeError):
 
 
 class Process(NamedTuple):
-    """Of a machine since its start, and of the namespace in which its number means it."""
+    """Of a machine since its start, and of the namespaces in which its number and its time mean it."""
     home: str                # nothing where /proc does not tell
     pid: int
     born: int                # in ticks of the machine: numbers are used again
 
     @staticmethod
     def this() -> Process:
-        try:
+        pid = os.getpid()
+        with contextlib.suppress(OSError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            return Process(f"{boot} {os.readlink('/proc/self/ns/pid')}", os.getpid(), _born(os.getpid()))
-        except OSError:
-            return Process("", os.getpid(), 0)
+            spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time")
+                      if kind == "pid" or os.path.lexists("/proc/self/ns/time")]       # since Linux 5.6
+            born = _born(pid)
+            if os.readlink("/proc/self") == str(pid) and born:       # else /proc is that of another namespace
+                return Process(" ".join([os.uname().nodename, boot, *spaces]), pid, born)
+        return Process("", pid, 0)
 
     def ended(self, home: str) -> bool:
         """It is one of `home`, and no more."""
-        return self.home == home != "" and _born(self.pid) != self.born
+        return self.home == home != "" and _born(self.pid) not in (self.born, None)
 
 
-def _born(pid: int) -> int:
-    """-1 for a process that is not, or that has ended and whose parent has not asked yet."""
+def _born(pid: int) -> int | None:
+    """0 for a process that is not, or that has ended and whose parent has not asked yet; None: not known."""
     try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return -1
-    return -1 if state in "ZX" else int(rest[18])
+        state, *rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()      # a name may be anything
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    except OSError:                                   # no descriptor is left
+        return None
+    return 0 if state in (b"Z", b"X") else int(rest[18])
 
 
 class Word(NamedTuple):
@@ -143,6 +149,8 @@ class Watch:
             self.on = False
             self.ended.set()
             self.thread.join()
+            if not alarm:                      # that its process ends means nothing any more
+                self.process = Process("", 0, 0)
             self._leave(why, alarm)
             self.held.clear()
 
@@ -196,7 +204,7 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 mesh = self.mesh
                 near = range(mesh.size)[mesh.rank - mesh.rank % (n := mesh.local or mesh.size):][:n]
-                before = self._read([*{*near, *ranks}])
+                before = self._read([r for r in {*near, *ranks} if r in ranks or self.store.check([str(r)])])
                 silent, words = self._dead(before), before
                 if not silent and not self.ended.wait(2 * LISTEN * self.pause):
                     words = self._read(ranks)

@@ -1,6 +1,7 @@
 """One GPU: the 1.11B dense Llama shape, ours beside Hugging Face's compiled Llama, in one run. `make bench`.
 
 "packed" is ours on rows of several documents, some 512 tokens long, as a run has them: attention stays inside each.
+Its MFU counts attention over whole rows all the same.
 Each side has a process of its own with an empty compiler cache, so that the time to the first step is honest: it runs
 from the start of building the model to the end of the first optimizer step.
 """
