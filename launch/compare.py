@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> None:
     print()
     rows = differences(told)
     print(_table("differs", names, rows) if rows else "no setting differs")
+    for name, one in zip(names, told, strict=True):
+        print("".join(f"{name}: {text}\n" for text in changes(one)), end="")
     plot.plot(runs, out)
     print(f"\n{out}")
 
@@ -55,7 +57,7 @@ def results(runs: list[_Run]) -> list[tuple[str, list[str]]]:
     if shared is not None:
         before = [[loss for step, loss in r.losses.items() if shared - 50 < step <= shared] for r in runs]
         rows += [(f"loss at step {shared}", [f"{r.losses[shared]:.4f}" for r in runs]),
-                 ("  mean of 50 steps", [f"{statistics.fmean(few):.4f}" for few in before])]
+                 (f"  mean of {min(50, shared)} steps", [f"{statistics.fmean(few):.4f}" for few in before])]
     speed = [statistics.median(r["tokens_per_s"] for r in run.records) for run in runs]
     rows += [("held out", [f"{losses[-1]:.4f}" if losses else "-" for losses in held_out]),
              ("tokens/s, median", [f"{each:,.0f}" for each in speed]),
@@ -84,6 +86,12 @@ def differences(runs: list[_Run]) -> list[tuple[str, list[str]]]:
     tables = [{key: start[key] for key in STARTED if key in start} | r.config
               for start, r in zip(starts, runs, strict=True)]
     return differing(tables)
+
+
+def changes(one: _Run) -> list[str]:
+    """What a run was trained with from some step on, and before with something else: the table has the last of it."""
+    return [f"from step {e['step'] + 1} on {', '.join(f'{key} {a} -> {b}' for key, (a, b) in e['changed'].items())}"
+            for e in one.told if e.get("changed") and one.records[-1]["step"] > e["step"]]
 
 
 def _table(head: str, names: list[str], rows: list[tuple[str, list[str]]]) -> str:

@@ -137,7 +137,8 @@ def _pipeline(run: Run, world: int) -> None:
         raise ConfigError('train.compile = true computes both halves of a backward at once, which parallel.schedule = '
                           '"zero-bubble" takes apart; set train.compile = false or another schedule')
     passes = derived(run, world).accumulation
-    has = f"data.batch_tokens = {data.batch_tokens} gives a rank {passes} micro-batches of {data.rows} rows"
+    has = (f"data.batch_tokens = {data.batch_tokens} gives a rank {passes} micro-batch{'es' * (passes > 1)} of "
+           f"{data.rows} rows")
     set_to = f"set it to {data.batch_tokens // passes * -(-passes // p.pp) * p.pp}"
     if passes < p.pp:
         raise ConfigError(f"{has}, too few for parallel.pp = {p.pp} stages; {set_to}, "

@@ -349,7 +349,8 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
     """Whether the last step is saved."""
     began, folder, main = time.perf_counter(), trainer.folder, trainer.world.main
     try:
-        if main:
+        # What a run that is finished was asked besides, no step was made with.
+        if main and (trainer.at < trainer.run.train.steps or not (folder / "config.toml").exists()):
             (folder / "config.tmp").write_text(config.dump(trainer.run))
             os.replace(folder / "config.tmp", folder / "config.toml")
             trainer.tokenizer.save(folder)             # the run can be sampled without its shards

@@ -260,3 +260,9 @@ def test_a_stop_signal_saves_and_ends_with_code_0(train):
     assert 3 <= step < 1000
     assert saved() == [f"step-{step:08d}"]
     assert f"from step {step} in " in train(f"train.steps={step + 1}", "--resume", "must")
+
+
+def test_a_finished_run_keeps_the_configuration_that_it_was_trained_with(trained, train):
+    before = (FOLDER / "config.toml").read_bytes()
+    assert "the run is finished: train.steps = 2; raise it to go on" in train("optimizer.lr=1e-4")
+    assert (FOLDER / "config.toml").read_bytes() == before

@@ -49,8 +49,19 @@ def test_the_step_at_which_losses_part_and_the_settings_that_differ_are_named(tm
     assert rows["ranks"] == ["1", "4"]
     assert not {"torch", "model.width", "train.steps"} & rows.keys()
     assert rows["restarts"] == rows["faults"] == ["1", "1"]
-    assert "loss at step 3      2.0000  2.2000" in out
+    assert "loss at step 3     2.0000  2.2000" in out
     assert (tmp_path / "x" / "y.png").exists()
+
+
+def test_what_a_run_was_trained_with_before_a_resume_is_told(tmp_path, capsys):
+    a, b = (made(tmp_path / name, [3.0, 2.5, 2.0]) for name in "ab")
+    with (a / "events.jsonl").open("a") as f:
+        for step, changed in ((1, {"optimizer.warmup_steps": [20, 5]}), (3, {"optimizer.lr": [1, 2]})):
+            print(json.dumps({"time": 1.0, "event": "resume", "step": step, "changed": changed}), file=f)
+    assert cli.main(["compare", str(a), str(b)]) == 0
+    out = capsys.readouterr().out
+    assert "\na: from step 2 on optimizer.warmup_steps 20 -> 5\n" in out
+    assert "optimizer.lr" not in out                  # no step was made with it
 
 
 def test_runs_that_differ_from_their_first_step_have_no_step_before_it(tmp_path, capsys):
