@@ -73,7 +73,7 @@ import os, sys, time
 from stepladder.launch import cli, train
 step = train.train_step
 def slow(*args):
-    time.sleep(0 if "SLURM_RESTART_COUNT" in os.environ else 3)
+    time.sleep(0 if "SLURM_RESTART_COUNT" in os.environ else 5)
     return step(*args)
 train.train_step = slow
 sys.exit(cli.main())
@@ -81,13 +81,14 @@ sys.exit(cli.main())
 
 
 def out_of_time(folder: Path) -> dict[str, str]:
-    """The steps of the first start are so slow that it meets its limit, a minute, Slurm's least."""
+    """The steps of the first start are so slow that it meets its limit. Of Slurm's least, a minute, it is told in the
+    first half, when a slow machine still imports torch and is deaf."""
     stepladder = folder / "bin" / "stepladder"
     stepladder.parent.mkdir()
     stepladder.write_text(SLOW)
     stepladder.chmod(0o755)
     with cluster.Cluster(folder / "cluster", 2) as nodes:
-        return nodes.wait(submit(nodes, folder, "--signal=B:USR1@3"), "COMPLETED", 150, restarts=1)
+        return nodes.wait(submit(nodes, folder, "--signal=B:USR1@3"), "COMPLETED", 240, restarts=1)
 
 
 # DeepSpeed's launcher goes to its nodes by pdsh, which goes by ssh. There is none here, and srun takes its place.
@@ -131,7 +132,7 @@ def prepared(whole: Path) -> dict[str, tuple[Callable[[Path], object], Path]]:
     """The jobs and their folders; the one that takes longest first."""
     config, two = whole / "run.toml", ("--nodes", "2")
     limit, lost, told, all_ = (whole / name for name in ("limit", "lost", "told", "launchers"))
-    script(limit, config, *two, "--start", "srun", "--time", "1", BIN=f"{limit}/bin")
+    script(limit, config, *two, "--start", "srun", "--time", "2", BIN=f"{limit}/bin")
     script(lost, config, *two, "--start", "srun")
     script(told, config, *two, "--start", "torchrun", check=True)
     for start in ("torchrun", "srun"):
