@@ -29,7 +29,7 @@ from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Ranks
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
-from stepladder.parallel.watch import BEAT, EXIT, HELD, LISTEN, SURE, LostRank, Process, Watch, _born, watch
+from stepladder.parallel.watch import BEAT, EXIT, HELD, LISTEN, SURE, LostRank, Process, Watch, watch
 
 CPU = torch.device("cpu")
 LIMIT = 3.0
@@ -284,33 +284,6 @@ def test_on_one_machine_it_is_known_without_listening(tmp_path: Path, guilty: in
         assert code == EXIT
         assert f": rank {guilty} (pp 0, dp {guilty}, tp 0, ep 0) has been silent for " in said
         assert " s, its process has ended, last heard of " in said
-
-
-def test_a_process_that_has_ended_is_known_before_its_parent_asks_and_after() -> None:
-    child = subprocess.Popen(["sleep", "60"])
-    process = Process.this()._replace(pid=child.pid, born=_born(child.pid) or 0)
-    home = process.home
-    assert home
-    assert not process.ended(home)
-    assert not process._replace(born=process.born + 1).ended("another")         # of another machine: not known
-    assert process._replace(born=process.born - 1).ended(home)                  # its number is another's by now
-    child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert process.ended(home)
-    child.wait()
-    assert process.ended(home)
-    assert not process._replace(home="").ended("")
-
-
-def test_what_proc_does_not_tell_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
-    me = Process.this()
-    monkeypatch.setattr(Path, "read_bytes", lambda _: b"7 (a) Z 1 (\xd0) S " + b"1 " * 18 + b"%d 0" % me.born)
-    assert not me.ended(me.home)                      # a name that is no text, and looks like the rest of the line
-    monkeypatch.setattr(os, "readlink", lambda _: "1")
-    assert Process.this().home == ""                  # /proc is of another namespace than the process
-    monkeypatch.setattr(Path, "read_bytes", mock.Mock(side_effect=OSError(24, "Too many open files")))
-    assert not me.ended(me.home)
-    assert Process.this().home == ""
 
 
 def test_a_rank_that_has_come_to_its_end_is_not_taken_for_dead() -> None:
