@@ -1,6 +1,7 @@
 """Multi-query associative recall (arXiv:2312.04927) against the size of the state, for every token mixer.
 
-    python tests/bench/recall.py [--steps 3000] [--seeds 3] [--mixers attention gla gated_delta ...] [--out recall.png]
+    python tests/bench/recall.py [--steps 3000] [--seeds 3] [--mixers attention gla gated_delta ...] [--jobs 4]
+                                 [--out recall.png]
 
 A row lists PAIRS of keys and values, then asks for the values of all keys in random order, with the answers in between.
 Two layers; only answers are learned from. A mixer's state grows with its heads' keys and values, attention's with the
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,7 @@ def model(mixer: str, size: int, pairs: int, seed: int, device: torch.device) ->
     block = BlockConfig(spec, find(CHANNEL, "swiglu").Spec(hidden=2 * WIDTH))
     cfg = ModelConfig(vocab=-(-(8 * pairs + 1) // 64) * 64, width=WIDTH, layers=2, blocks={"a": block}, pattern=("a",),
                       std=WIDTH**-0.5)
-    return build(cfg, Mesh(Parallel(), device), seed=seed)
+    return build(cfg, Mesh(Parallel(), device), seed=seed, captured=device.type == "cuda")
 
 
 def floats(parts: Parts, length: int) -> int:
@@ -76,8 +79,10 @@ def accuracy(parts: Parts, pairs: int, device: str) -> float:
     return float((logits.argmax(-1) == targets)[asked].float().mean())
 
 
-def train(mixer: str, size: int, seed: int, args: argparse.Namespace) -> tuple[int, float]:
-    """Floats of state, and the share of answers that are right."""
+def train(mixer: str, size: int, seed: int, args: argparse.Namespace) -> tuple[int, float, float]:
+    """Floats of state, the share of answers that are right, and seconds."""
+    began = time.perf_counter()
+    torch.set_num_threads(1)                 # there are others beside this one
     parts = model(mixer, size, args.pairs, seed, torch.device(args.device))
     optimizer = Optimizer(parts)
     gen = torch.Generator(args.device).manual_seed(seed)
@@ -87,7 +92,8 @@ def train(mixer: str, size: int, seed: int, args: argparse.Namespace) -> tuple[i
         parts.sums()
         lr = args.lr * min(1.0, 20 * (step + 1) / args.steps) * (1 + math.cos(math.pi * step / args.steps)) / 2
         optimizer.step(result, lr)
-    return floats(parts, tokens.shape[1]), accuracy(parts, args.pairs, args.device)
+    right = accuracy(parts, args.pairs, args.device)
+    return floats(parts, tokens.shape[1]), right, time.perf_counter() - began
 
 
 def draw(found: dict[str, list[tuple[int, list[float]]]], args: argparse.Namespace) -> None:
@@ -113,18 +119,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--jobs", type=int, default=4, help="models trained at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("recall.png"))
     args = parser.parse_args()
-    found: dict[str, list[Any]] = {}
+    print(f"{args.pairs} pairs, {args.steps} steps of {ROWS} rows, lr {args.lr}\n")
     print("| mixer | floats of state | answers right, each seed | s |\n|---|---|---|---|")
-    for mixer in args.mixers:
-        for size in args.sizes[-1:] if mixer == "attention" else args.sizes:
-            began = time.perf_counter()
-            state, right = zip(*(train(mixer, size, seed, args) for seed in range(args.seeds)), strict=True)
+    found: dict[str, list[Any]] = {}
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        models = [(mixer, size) for mixer in args.mixers
+                  for size in (args.sizes[-1:] if mixer == "attention" else args.sizes)]
+        jobs = {m: [pool.submit(train, *m, seed, args) for seed in range(args.seeds)] for m in models}
+        for (mixer, _), futures in jobs.items():
+            state, right, took = zip(*(f.result() for f in futures), strict=True)
             found.setdefault(mixer, []).append((state[0], list(right)))
-            print(f"| {mixer} | {state[0]:,} | {', '.join(f'{r:.3f}' for r in right)} | "
-                  f"{time.perf_counter() - began:.0f} |", flush=True)
+            print(f"| {mixer} | {state[0]:,} | {', '.join(f'{r:.3f}' for r in right)} | {sum(took):.0f} |", flush=True)
             draw(found, args)
 
 
