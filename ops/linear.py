@@ -1,7 +1,7 @@
 """The door for weight products, and the precision rules: compute in the input's dtype, promote where sums are long."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 
 class Put(NamedTuple):
-    """A weight gradient put off: g (N, O) and x (N, I) give g^T x."""
-    w: Tensor
+    """Weight gradients put off: g (N, O) and x (N, I) give g^T x, of which each weight has its rows."""
+    ws: tuple[Tensor, ...]
     g: Tensor
     x: Tensor
 
@@ -39,9 +39,9 @@ def put_off(later: list[Put]) -> Iterator[None]:
 @torch.no_grad()
 def catch_up(later: list[Put]) -> None:
     """Add the gradients put off to their weights' own."""
-    for w, g, x in later:
-        dw = weight_gradient(g, x, w.dtype)
-        w.grad = dw if w.grad is None else w.grad.add_(dw)
+    for ws, g, x in later:
+        for w, dw in zip(ws, weight_gradient(g, x, ws[0].dtype).split([len(w) for w in ws]), strict=True):
+            w.grad = dw if w.grad is None else w.grad.add_(dw)
 
 
 def weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,30 +53,43 @@ def weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """A product with a master weight of higher precision, or one whose weight gradient is put off."""
+    """A product with master weights of higher precision, or with several, or one whose weight gradients are put off."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, later: list[Put] | None) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.later, ctx.leaf = later, None if later is None else w     # recomputation saves another tensor than the leaf
-        return F.linear(x, w.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, later: list[Put] | None, *ws: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *ws)
+        ctx.later, ctx.leaves = later, () if later is None else ws    # recomputation saves others than the leaves
+        return F.linear(x, _stacked(ws, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore
-        x, w = ctx.saved_tensors
-        rows, dx = g.flatten(0, -2), g @ w.to(g.dtype)
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *ws = ctx.saved_tensors
+        dx, g, x = g @ _stacked(ws, g.dtype), g.flatten(0, -2), x.flatten(0, -2)
         if ctx.later is not None:
-            ctx.later.append(Put(ctx.leaf, rows, x.flatten(0, -2)))
-            return dx, None, None
-        return dx, weight_gradient(rows, x.flatten(0, -2), w.dtype), None
+            ctx.later.append(Put(ctx.leaves, g, x))
+            return dx, None, *(None for _ in ws)
+        return dx, None, *weight_gradient(g, x, ws[0].dtype).split([len(w) for w in ws])
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x (..., I), w (O, I) -> (..., O) in x's dtype; fp32 master weights are cast here, and only here."""
+def _stacked(ws: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return ws[0].to(dtype) if len(ws) == 1 else torch.cat([w.to(dtype) for w in ws])
+
+
+def linear(x: Tensor, *ws: Tensor) -> Tensor:
+    """x (..., I), each w (O, I) -> (..., sum of O) in x's dtype; fp32 master weights are cast here, and only here.
+
+    Several weights are one product forward, and one for each kind of gradient: narrow ones alone leave most of a GPU
+    idle, and the gradients of x need no adding up. For less than a row for each of I, their outputs are laid side by
+    side instead of them: in decoding a copy of the weights would take as long as reading them.
+    """
+    if len(ws) > 1 and x.numel() < x.shape[-1]**2:
+        return torch.cat([linear(x, w) for w in ws], -1)
     later = _later                    # for leaves alone: the gradients of others are on their way to other nodes
-    if later is not None and (not w.is_leaf or (x.is_cuda and torch.cuda.current_stream() != _stream)):
+    if later is not None and (not all(w.is_leaf for w in ws) or
+                              (x.is_cuda and torch.cuda.current_stream() != _stream)):
         later = None
-    return F.linear(x, w) if w.dtype == x.dtype and later is None else _Product.apply(x, w, later)  # pyright: ignore
+    plain = len(ws) == 1 and ws[0].dtype == x.dtype and later is None
+    return F.linear(x, ws[0]) if plain else _Product.apply(x, later, *ws)  # pyright: ignore
 
 
 def promote(x: Tensor) -> Tensor:

@@ -205,6 +205,33 @@ def test_weight_gradients_put_off_are_those_of_autograd(x_type: torch.dtype, w_t
     assert torch.equal(w.grad, twin.grad)
 
 
+@pytest.mark.parametrize("tokens", [3, 40], ids=["fewer rows than channels", "more"])
+@pytest.mark.parametrize(("x_type", "w_type"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_several_weights_are_one_product_that_equals_their_own(tokens: int, x_type: torch.dtype,
+                                                              w_type: torch.dtype) -> None:
+    gen = torch.Generator().manual_seed(0)
+    ws = [torch.randn(n, 8, generator=gen, dtype=w_type).requires_grad_() for n in (3, 5, 2)]
+    x = torch.randn(tokens, 8, generator=gen, dtype=torch.float64).to(x_type).requires_grad_()
+    g = torch.randn(tokens, 10, generator=gen, dtype=torch.float64).to(x_type)
+    want = torch.cat([linear(x, w) for w in ws], -1)
+    with torch.profiler.profile() as profile:
+        got = linear(x, *ws)
+    products = sum(e.count for e in profile.key_averages() if e.key == "aten::mm")
+    assert products == (1 if tokens > 8 else 3)
+    bar = {"rtol": 2e-2, "atol": 2e-2} if x_type == torch.bfloat16 else {}
+    for a, b in zip((got, *torch.autograd.grad(got, (x, *ws), g)), (want, *torch.autograd.grad(want, (x, *ws), g)),
+                    strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **bar)
+    with put_off(later := []):
+        linear(x, *ws).backward(g)
+    assert all(w.grad is None for w in ws)
+    catch_up(later)
+    for w, dw in zip(ws, torch.autograd.grad(linear(x, *ws), ws, g), strict=True):
+        assert w.grad is not None
+        assert torch.equal(w.grad, dw)
+
+
 def test_nothing_is_put_off_outside_of_the_pipeline() -> None:
     w = torch.ones(3, 4, requires_grad=True)
     with put_off(later := []):
