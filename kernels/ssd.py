@@ -3,6 +3,9 @@
 Forward is one pass. Backward goes from the last chunk to the first for gradients of states, then takes all chunks at
 once: first what a chunk's tokens do to one another, then what queries and keys owe to states. What a chunk's keys and
 queries say of one another is the same for all heads of a group; only decays are a head's own.
+
+STEP: values have a step each, which scales what they write, and reach their own token's output besides (skip), as in
+Mamba-2. Steps scale pairs and what leaves for states, so no scaled values are made; nor are gradients of any.
 """
 from __future__ import annotations
 
@@ -79,8 +82,8 @@ def _tile(rows: tl.constexpr, columns: tl.constexpr, stride: tl.constexpr):
 
 
 @triton.jit
-def _walk(S, A, bq, bk, v, g, y, states, valid, here, before, last, H: tl.constexpr, V: tl.constexpr,
-          SAVE: tl.constexpr, ENDS: tl.constexpr):
+def _walk(S, A, bq, bk, v, g, step, skip, y, states, valid, here, before, last, H: tl.constexpr, V: tl.constexpr,
+          SAVE: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr):
     """One head over one chunk: the state after it, and how much of that before it is kept."""
     C: tl.constexpr = bk.shape[0]
     K: tl.constexpr = bk.shape[1]
@@ -88,6 +91,10 @@ def _walk(S, A, bq, bk, v, g, y, states, valid, here, before, last, H: tl.conste
     r, at = tl.arange(0, C), _tile(C, BV, H * V)
     bv = tl.load(v + at, mask=valid[:, None], other=0.0)
     whole, rest, all_whole, all_rest = _sums(g, valid, C, H)
+    until = _decay(here == last, all_whole - whole, all_rest - rest)
+    if STEP:
+        dt = tl.load(step + r * H, mask=valid, other=0.0)
+        until *= dt
     if not ENDS:
         Sb = S.to(bk.dtype)
         if SAVE:
@@ -95,16 +102,18 @@ def _walk(S, A, bq, bk, v, g, y, states, valid, here, before, last, H: tl.conste
         within = (here[:, None] == here[None, :]) & (r[:, None] >= r[None, :])
         P = A * _decay(within, whole[:, None] - whole[None, :], rest[:, None] - rest[None, :])
         out = dot(bq, Sb) * _decay(here == before, whole, rest)[:, None]
+        if STEP:
+            P *= dt[None, :]
+            out += bv.to(tl.float32) * tl.load(skip)
         tl.store(y + at, dot(P.to(bk.dtype), bv, out).to(bv.dtype), mask=valid[:, None])
-    until = _decay(here == last, all_whole - whole, all_rest - rest)
     keep = _decay(last == before, all_whole, all_rest)
     return dot(tl.trans(bk), (bv * until[:, None]).to(bk.dtype), S * keep), keep
 
 
 @triton.jit(do_not_specialize=["T", "per"])      # rows of any length run what one of them compiled
-def _forward(q, k, v, g, doc, S0, ends, decays, y, states, S1, T, per, G: tl.constexpr, H: tl.constexpr,
+def _forward(q, k, v, g, step, skip, doc, S0, ends, decays, y, states, S1, T, per, G: tl.constexpr, H: tl.constexpr,
              K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, TWO: tl.constexpr,
-             SAVE: tl.constexpr, ENDS: tl.constexpr, STAGES: tl.constexpr):
+             SAVE: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr):
     """A segment of `per` chunks of one head, or of two. ENDS: from nothing, for its last state and decay alone."""
     b, s, tiles = tl.program_id(1), tl.program_id(2), V // BV
     head, left = tl.program_id(0) // tiles * (2 if TWO else 1), tl.program_id(0) % tiles * BV
@@ -128,13 +137,13 @@ def _forward(q, k, v, g, doc, S0, ends, decays, y, states, S1, T, per, G: tl.con
         bk = tl.load(k + at + _tile(C, K, G * K), mask=valid[:, None], other=0.0)
         A = dot(bq, tl.trans(bk))              # once for both heads
         n, at = first * H + head, ((b.to(tl.int64) * chunks + c) * H + head) * K * V + left
-        S, keep = _walk(S, A, bq, bk, v + n * V + left, g + n, y + n * V + left, states + at, valid, here, before, last,
-                        H, V, SAVE, ENDS)
+        S, keep = _walk(S, A, bq, bk, v + n * V + left, g + n, step + n, skip + head, y + n * V + left, states + at,
+                        valid, here, before, last, H, V, SAVE, ENDS, STEP)
         total *= keep
         if TWO:
             n, at = n + 1, at + K * V
-            S2, keep = _walk(S2, A, bq, bk, v + n * V + left, g + n, y + n * V + left, states + at, valid, here, before,
-                             last, H, V, SAVE, ENDS)
+            S2, keep = _walk(S2, A, bq, bk, v + n * V + left, g + n, step + n, skip + head + 1, y + n * V + left,
+                             states + at, valid, here, before, last, H, V, SAVE, ENDS, STEP)
             total2 *= keep
     if ENDS:
         n = (b * tl.num_programs(2) + s).to(tl.int64) * H + head
@@ -188,13 +197,14 @@ def _reverse(q, g, doc, dy, dS1, ends, decays, dstates, dS0, T, per, G: tl.const
 
 
 @triton.jit(do_not_specialize=["T", "parts"])
-def _inside(q, k, v, g, doc, dy, dstates, X, dv, edges, keeps, owed, parts, T, G: tl.constexpr, H: tl.constexpr,
-            K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
-            STAGES: tl.constexpr):
+def _inside(q, k, v, g, step, skip, doc, dy, dstates, X, dv, edges, keeps, owed, dskip, parts, T, G: tl.constexpr,
+            H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
+            STEP: tl.constexpr, STAGES: tl.constexpr):
     """dv, X = decay * (v dy^T), keys by queries, what pairs owe to gates, and decays from a chunk's ends and to them.
 
     Of a chunk's heads of a group, or a part of them, one after the other: X is their sum, before it meets queries and
-    keys. A gate scales every pair that passes it; a token with itself passes none.
+    keys. A gate scales every pair that passes it; a token with itself passes none. What is owed to a step is written
+    down before the step scales it.
     """
     c, b, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2) // parts, tl.program_id(2) % parts
     r, heads = tl.arange(0, C), H // G // parts
@@ -203,6 +213,7 @@ def _inside(q, k, v, g, doc, dy, dstates, X, dv, edges, keeps, owed, parts, T, G
     bk = tl.load(k + at, mask=valid[:, None], other=0.0)
     A = dot(bk, tl.trans(tl.load(q + at, mask=valid[:, None], other=0.0)))
     mask = (here[:, None] == here[None, :]) & (r[:, None] <= r[None, :])
+    itself = r[:, None] == r[None, :]
     total = tl.zeros([C, C], tl.float32)
     for i in tl.range(0, heads, num_stages=1, disable_licm=True):
         head = (group * parts + part) * heads + i
@@ -218,23 +229,36 @@ def _inside(q, k, v, g, doc, dy, dstates, X, dv, edges, keeps, owed, parts, T, G
             bv = tl.load(v + n * V + left + vat, mask=valid[:, None], other=0.0)
             dP = dot(bv, tl.trans(tl.load(dy + n * V + left + vat, mask=valid[:, None], other=0.0)), dP)
         dP *= D
-        total += dP
-        dP = tl.where(r[:, None] == r[None, :], 0.0, dP * A)
-        tl.store(owed + m * ROWS * C + r, tl.sum(dP, 0))
-        tl.store(owed + m * ROWS * C + C + r, tl.sum(dP, 1))
-        P = (A * D).to(bk.dtype)
+        P = A * D
+        if STEP:
+            own = tl.where(itself, dP, 0.0)
+            tl.store(dskip + m, tl.sum(own))
+            tl.store(owed + m * ROWS * C + (ROWS - 1) * C + r, tl.sum(own * A, 1))
+            dt = tl.load(step + n + r * H, mask=valid, other=0.0)
+            dP_A = tl.where(itself, 0.0, dP * A)
+            tl.store(owed + m * ROWS * C + C + r, tl.sum(dP_A, 1))
+            tl.store(owed + m * ROWS * C + r, tl.sum(dP_A * dt[:, None], 0))
+            total += dP * dt[:, None]
+        else:
+            total += dP
+            dP = tl.where(itself, 0.0, dP * A)
+            tl.store(owed + m * ROWS * C + r, tl.sum(dP, 0))
+            tl.store(owed + m * ROWS * C + C + r, tl.sum(dP, 1))
+        P = P.to(bk.dtype)
         for left in tl.range(0, V, BV, num_stages=STAGES):
             bd = tl.load(dy + n * V + left + vat, mask=valid[:, None], other=0.0)
             dV = dot(P, bd, dot(bk, tl.load(dstates + m * K * V + left + _tile(K, BV, V))) * until[:, None])
+            if STEP:
+                dV = dV * dt[:, None] + bd.to(tl.float32) * tl.load(skip + head)
             tl.store(dv + n * V + left + vat, dV.to(bd.dtype), mask=valid[:, None])
     at = ((b * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * tl.num_programs(0) + c) * C * C
     tl.store(X + at + _tile(C, C, C), total.to(bk.dtype))
 
 
 @triton.jit
-def _side(own, ours, states, dstates, other, X, dz, edges, owed, kept, c, b, tile, T, parts, G: tl.constexpr,
+def _side(own, ours, step, states, dstates, other, X, dz, edges, owed, kept, c, b, tile, T, parts, G: tl.constexpr,
           H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-          STAGES: tl.constexpr, QUERIES: tl.constexpr):
+          ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, QUERIES: tl.constexpr):
     """dq and what reading states owes to gates, or dk and what writing them owes: each is the other's mirror image."""
     tiles: tl.constexpr = K // BK
     left, row = tile * BK, 2 + tile + (0 if QUERIES else tiles)
@@ -254,9 +278,11 @@ def _side(own, ours, states, dstates, other, X, dz, edges, owed, kept, c, b, til
                 dS = tl.load(dstates + (m * K + left) * V + j + _tile(BK, BV, V))
                 same += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
         near *= tl.load(edges + (m * 2 if QUERIES else m * 2 + 1) * C + r)[:, None]
-        dZ += near
         passed = tl.sum(tl.load(own + at, mask=valid[:, None], other=0.0).to(tl.float32) * near, 1)
-        tl.store(owed + (m * (2 + 2 * tiles) + row) * C + r, passed)
+        tl.store(owed + (m * ROWS + row) * C + r, passed)
+        if STEP and not QUERIES:
+            near *= tl.load(step + n + r * H, mask=valid, other=0.0)[:, None]
+        dZ += near
         if QUERIES:
             tl.store(kept + m * tiles + tile, tl.sum(same, 0))
     pairs = tl.load(X + ((b * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * tl.cdiv(T, C) + c) * C * C
@@ -269,39 +295,49 @@ def _side(own, ours, states, dstates, other, X, dz, edges, owed, kept, c, b, til
 
 
 @triton.jit(do_not_specialize=["T", "parts"])
-def _sides(q, k, v, dy, states, dstates, X, dq, dk, edges, owed, kept, parts, T, G: tl.constexpr, H: tl.constexpr,
-           K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-           STAGES: tl.constexpr):
+def _sides(q, k, v, step, dy, states, dstates, X, dq, dk, edges, owed, kept, parts, T, G: tl.constexpr,
+           H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+           ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr):
     """Both sides of a chunk, cut by channels of keys: neighbouring blocks share what they read by the cache."""
     tiles: tl.constexpr = K // BK
     c, tile, b = tl.program_id(0) // (2 * tiles), tl.program_id(0) % (2 * tiles), tl.program_id(1)
     if tile < tiles:
-        _side(q, dy, states, dstates, k, X, dq, edges, owed, kept, c, b, tile, T, parts, G, H, K, V, C, BK, BV, 1, True)
+        _side(q, dy, step, states, dstates, k, X, dq, edges, owed, kept, c, b, tile, T, parts, G, H, K, V, C, BK, BV,
+              ROWS, STEP, 1, True)
     else:
-        _side(k, v, states, dstates, q, X, dk, edges, owed, kept, c, b, tile - tiles, T, parts, G, H, K, V, C, BK, BV,
-              STAGES, False)
+        _side(k, v, step, states, dstates, q, X, dk, edges, owed, kept, c, b, tile - tiles, T, parts, G, H, K, V, C, BK,
+              BV, ROWS, STEP, STAGES, False)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _gates(keeps, owed, kept, dg, T, H: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, BH: tl.constexpr):
-    """Sums over what passes each gate, of a chunk and some heads.
+def _gates(step, keeps, owed, kept, dg, dstep, T, H: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr,
+           BH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """Sums over what passes each gate, of a chunk and some heads; and of what steps scale.
 
     Those are pairs of a query from it on and a key before it, the former with the state before the chunk, the latter
     with the state after it, and the two states.
     """
-    h, r, rows = tl.program_id(2) * BH + tl.arange(0, BH), tl.arange(0, C), 2 + 2 * TILES
+    h, r = tl.program_id(2) * BH + tl.arange(0, BH), tl.arange(0, C)
     t, b = tl.program_id(0) * C + r, tl.program_id(1).to(tl.int64)
     m, ok = (b * tl.num_programs(0) + tl.program_id(0)) * H + h, h < H
-    owed += m[:, None] * rows * C + r[None, :]
-    read = tl.load(owed, mask=ok[:, None], other=0.0) - tl.load(owed + C, mask=ok[:, None], other=0.0)
+    owed += m[:, None] * ROWS * C + r[None, :]
+    at, here = (b * T + t)[None, :] * H + h[:, None], ok[:, None] & (t < T)[None, :]
+    read, pairs = tl.load(owed, mask=ok[:, None], other=0.0), tl.load(owed + C, mask=ok[:, None], other=0.0)
     written, same = tl.zeros([BH, C], tl.float32), tl.zeros([BH], tl.float32)
     for i in tl.static_range(TILES):
         read += tl.load(owed + (2 + i) * C, mask=ok[:, None], other=0.0)
         written += tl.load(owed + (2 + TILES + i) * C, mask=ok[:, None], other=0.0)
         same += tl.load(kept + m * TILES + i, mask=ok, other=0.0)
     same *= tl.load(keeps + m, mask=ok, other=0.0)
+    if STEP:
+        itself = tl.load(owed + (ROWS - 1) * C, mask=ok[:, None], other=0.0)
+        tl.store(dstep + at, pairs + written + itself, mask=here)
+        dt = tl.load(step + at, mask=here, other=0.0)
+        pairs *= dt
+        written *= dt
+    read -= pairs
     out = tl.cumsum(read, 1, reverse=True) + (tl.cumsum(written, 1) - written) + same[:, None]
-    tl.store(dg + (b * T + t)[None, :] * H + h[:, None], out, mask=ok[:, None] & (t < T)[None, :])
+    tl.store(dg + at, out, mask=here)
 
 
 def tiles(kernel: str, V: int, dtype: torch.dtype) -> Tiles:
@@ -310,11 +346,12 @@ def tiles(kernel: str, V: int, dtype: torch.dtype) -> Tiles:
     return found._replace(V=min(V & -V, found.V))
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, save: bool,
-            chunk: int = CHUNK, segments: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, step: Tensor | None, skip: Tensor | None, doc: Tensor,
+            S: Tensor, save: bool, chunk: int = CHUNK, segments: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """y, the state after the last token and, if they are to be saved, the states before each chunk (B, N, H, K, V).
 
-    doc (B, T) int32 counts the documents begun so far. segments of a row run side by side; 0: as the shape asks.
+    doc (B, T) int32 counts the documents begun so far; step (B, T, H) and skip (H,) are fp32, both or neither.
+    segments of a row run side by side; 0: as the shape asks.
     """
     (B, T, H, V), (G, K), chunks = v.shape, q.shape[2:], cdiv(v.shape[1], chunk)
     two = V == tiles("two", V, q.dtype).V and H // G % 2 == 0          # of a group: they share q k^T
@@ -324,15 +361,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, 
     y, S1 = torch.empty_like(v), torch.empty_like(S)
     states = v.new_empty(B, chunks, H, K, V) if save else v.new_empty(0)
     ends, decays = S.new_empty(B, segments, H, K, V), S.new_empty(B, segments, H)
+    some = (g, g) if step is None or skip is None else (step, skip)        # pointers that are not followed
     for alone in ((True, False) if segments > 1 else (False,)):
-        _forward[blocks, B, segments](q, k, v, g, doc, S, ends, decays, y, states, S1, T, per, G, H, K, V, chunk, BV,
-                                      two, save and not alone, alone, stages, num_warps=warps)
+        _forward[blocks, B, segments](q, k, v, g, *some, doc, S, ends, decays, y, states, S1, T, per, G, H, K, V,
+                                      chunk, BV, two, save and not alone, alone, step is not None, stages,
+                                      num_warps=warps)
     return y, S1, states
 
 
-def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Tensor, dy: Tensor, dS: Tensor,
-             chunk: int = CHUNK, segments: int = 0, parts: int = 0) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, g (fp32) and the state before the first token.
+def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, step: Tensor | None, skip: Tensor | None, doc: Tensor,
+             states: Tensor, dy: Tensor, dS: Tensor, chunk: int = CHUNK, segments: int = 0,
+             parts: int = 0) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, g, step and skip (these three fp32), and of the state before the first token.
 
     parts of a group's heads run side by side, and their dq and dk are added up after; 0: as the shape asks.
     """
@@ -346,24 +386,28 @@ def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Te
                                            alone, stages, num_warps=warps)
     wanted = parts or max(1, 2 * processors(v) // (2 * chunks * B * G))
     parts = max(n for n in range(1, H // G + 1) if H // G % n == 0 and n <= wanted)
-    return *_chunks(q, k, v, g, doc, states, dstates, dy, chunk, parts), dS0
+    return *_chunks(q, k, v, g, step, skip, doc, states, dstates, dy, chunk, parts), dS0
 
 
-def _chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Tensor, dstates: Tensor, dy: Tensor,
-            C: int, parts: int) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v and g from states before each chunk and gradients of those after it."""
+def _chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, step: Tensor | None, skip: Tensor | None, doc: Tensor,
+            states: Tensor, dstates: Tensor, dy: Tensor, C: int, parts: int) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, g, step and skip from states before each chunk and gradients of those after it."""
     (B, T, H, V), (G, K), chunks = v.shape, q.shape[2:], states.shape[1]
     BK, BH = min(K, KEYS), min(16, power(H))
-    rows = 2 + 2 * K // BK
+    has = step is not None
+    step, skip = (g, g) if step is None or skip is None else (step, skip)   # pointers that are not followed
+    rows = 2 + 2 * K // BK + has
     dq, dk = (z.new_empty(parts, *z.shape, dtype=z.dtype if parts == 1 else torch.float32) for z in (q, k))
     X, dv, dg = q.new_empty(B, G * parts, chunks, C, C), torch.empty_like(v), torch.empty_like(g, dtype=torch.float32)
+    dstep, dskip = torch.empty_like(dg) if has else dg.new_empty(0), dg.new_empty(B, chunks, H if has else 0)
     edges, owed = (dg.new_empty(B, chunks, H, n, C) for n in (2, rows))
     keeps, kept = dg.new_empty(B, chunks, H), dg.new_empty(B, chunks, H, K // BK)
     BV, warps, stages, registers = tiles("inside", V, q.dtype)
-    _inside[chunks, B, G * parts](q, k, v, g, doc, dy, dstates, X, dv, edges, keeps, owed, parts, T, G, H, K, V, C, BV,
-                                  rows, stages, num_warps=warps, maxnreg=registers)
+    _inside[chunks, B, G * parts](q, k, v, g, step, skip, doc, dy, dstates, X, dv, edges, keeps, owed, dskip, parts, T,
+                                  G, H, K, V, C, BV, rows, has, stages, num_warps=warps, maxnreg=registers)
     BV, warps, stages, registers = tiles("sides", V, q.dtype)
-    _sides[2 * K // BK * chunks, B, G * parts](q, k, v, dy, states, dstates, X, dq, dk, edges, owed, kept, parts, T, G,
-                                               H, K, V, C, BK, BV, stages, num_warps=warps, maxnreg=registers)
-    _gates[chunks, B, cdiv(H, BH)](keeps, owed, kept, dg, T, H, C, K // BK, BH)
-    return *((z[0] if parts == 1 else z.sum(0).to(q.dtype)) for z in (dq, dk)), dv, dg
+    _sides[2 * K // BK * chunks, B, G * parts](q, k, v, step, dy, states, dstates, X, dq, dk, edges, owed, kept, parts,
+                                               T, G, H, K, V, C, BK, BV, rows, has, stages, num_warps=warps,
+                                               maxnreg=registers)
+    _gates[chunks, B, cdiv(H, BH)](step, keeps, owed, kept, dg, dstep, T, H, C, K // BK, BH, rows, has)
+    return *((z[0] if parts == 1 else z.sum(0).to(q.dtype)) for z in (dq, dk)), dv, dg, dstep, dskip.sum((0, 1))

@@ -19,14 +19,20 @@ EPS = 1e-6
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """x (..., D) over its last dimension times scale (D,); statistics in fp32, result in x's dtype."""
+    """x (..., D) over its last dimension times scale (..., D); statistics in fp32, result in x's dtype."""
     return (F.rms_norm(promote(x), (x.shape[-1],), eps=EPS) * scale).to(x.dtype)
 
 
-def gated_norm(y: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    """A recurrent mixer's heads y (..., V), normed one by one and gated by silu(gate (..., V)), in the gate's dtype."""
-    if runs("norm", y, y.dtype, None if y.shape[-1] <= 1024 else f"heads of {y.shape[-1]}, more than 1024"):
-        return fused(y.contiguous(), scale, gate.contiguous())
+def gated_norm(y: Tensor, scale: Tensor, gate: Tensor, first: bool = False) -> Tensor:
+    """A recurrent mixer's rows y (..., V), normed one by one and gated by silu(gate (..., V)), in the gate's dtype.
+
+    scale (V,) of every row, or (G, V) of rows (..., G, V). first: gated before the norm, as in Mamba-2.
+    """
+    longest = kernels.LONGEST if kernels else 0
+    if runs("norm", y, y.dtype, None if y.shape[-1] <= longest else f"rows of {y.shape[-1]}, more than {longest}"):
+        return fused(y.contiguous(), scale if scale.dim() == 2 else scale.unsqueeze(0), gate.contiguous(), first)
+    if first:
+        return rms_norm(promote(y) * F.silu(promote(gate)), scale).to(gate.dtype)
     return rms_norm(y, scale).to(gate.dtype) * F.silu(gate)
 
 
@@ -36,34 +42,36 @@ def l2_norm(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("stepladder::gated_norm", mutates_args=())
-def fused(y: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    return kernels.forward(y, scale, gate, EPS)
+def fused(y: Tensor, scale: Tensor, gate: Tensor, first: bool) -> Tensor:
+    """y and gate (..., V), scale (G, V) of rows that are G to a token."""
+    return kernels.forward(y, scale, gate, first, EPS)
 
 
 @fused.register_fake
-def _(y: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+def _(y: Tensor, scale: Tensor, gate: Tensor, first: bool) -> Tensor:
     return torch.empty_like(gate)
 
 
 @torch.library.custom_op("stepladder::gated_norm_backward", mutates_args=())
-def _backward(y: Tensor, scale: Tensor, gate: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(y: Tensor, scale: Tensor, gate: Tensor, first: bool, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y, scale (in fp32) and gate."""
-    return kernels.backward(y, scale, gate, EPS, dout.contiguous())
+    return kernels.backward(y, scale, gate, first, EPS, dout.contiguous())
 
 
 @_backward.register_fake
-def _(y: Tensor, scale: Tensor, gate: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(y: Tensor, scale: Tensor, gate: Tensor, first: bool, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(y), scale.new_empty(scale.shape, dtype=torch.float32), torch.empty_like(gate)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.first = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     y, scale, gate = ctx.saved_tensors
-    dy, dscale, dgate = _backward(y, scale, gate, dout)
-    return dy, dscale.to(scale.dtype), dgate
+    dy, dscale, dgate = _backward(y, scale, gate, ctx.first, dout)
+    return dy, dscale.to(scale.dtype), dgate, None
 
 
 fused.register_autograd(_gradients, setup_context=_save)

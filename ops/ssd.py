@@ -1,8 +1,9 @@
 """Linear recurrence with one decay per head (arXiv:2405.21060, arXiv:2307.08621):
 
-    S_t = exp(g_t) S_{t-1} + k_t v_t^T,   y_t = q_t S_t
+    S_t = exp(g_t) S_{t-1} + dt_t k_t v_t^T,   y_t = q_t S_t + D v_t
 
 Shapes: q, k (B, T, G, K), each for H / G neighbouring heads; v, y (B, T, H, V); g (B, T, H) <= 0; S (B, H, K, V);
+dt (B, T, H) and D (H,), which are given both or neither: 1 and 0;
 start (B, T) bool, true where a document begins and the state is emptied. Computed in the dtype of q; callers promote.
 """
 from __future__ import annotations
@@ -23,42 +24,54 @@ except ModuleNotFoundError:        # no triton: the torch form runs
     kernels: Any = None
 
 
-def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, dt: Tensor | None = None,
+              D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The definition, one token at a time. Every other form is tested against this one."""
     check(q, k, v, g, start, S)
+    add, own = _steps(v, dt, D)
     q, k, out = share(q, v.shape[2]), share(k, v.shape[2]), [v[:, :0]]
     for t in range(q.shape[1]):
         S = torch.where(start[:, t, None, None, None], 0.0, S)
-        S = g[:, t, :, None, None].exp() * S + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        S = g[:, t, :, None, None].exp() * S + k[:, t].unsqueeze(-1) * add[:, t].unsqueeze(-2)
         out.append((q[:, t].unsqueeze(-2) @ S).transpose(1, 2))
-    return torch.cat(out, 1), S
+    return torch.cat(out, 1) + own, S
 
 
-def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor,
-            chunk: int = 64) -> tuple[Tensor, Tensor]:
+def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, dt: Tensor | None = None,
+            D: Tensor | None = None, chunk: int = 64) -> tuple[Tensor, Tensor]:
     """The same in T / chunk sequential steps; everything inside a chunk is matrix products."""
     check(q, k, v, g, start, S)
     T, H = v.shape[1:3]
     C = min(chunk, max(T, 1))
     d = decay(g, start, C)
+    v, own = _steps(v, dt, D)
     q, k, v = cut(share(q, H), C), cut(share(k, H), C), cut(v, C)          # (B, H, N, C, ...)
     add = (k * d.until).mT @ v                                             # (B, H, N, K, V)
     states = [S]
     for n in range(add.shape[2]):
         states.append(d.keep[:, :, n] * states[-1] + add[:, :, n])
     before = torch.stack(states, 2)[:, :, :-1]
-    return join((q * d.since) @ before + (q @ k.mT * d.within) @ v, T), states[-1]
+    return join((q * d.since) @ before + (q @ k.mT * d.within) @ v, T) + own, states[-1]
 
 
-def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor,
-        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _steps(v: Tensor, dt: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    """What values write, and what of them reaches their own token's output besides."""
+    if (dt is None) != (D is None):
+        raise ValueError(f"dt {'is missing' if dt is None else 'is given'} and D {'is' if D is None else 'is not'} "
+                         "missing: they are given both or neither")
+    return (v, 0.0) if dt is None or D is None else (v * dt.unsqueeze(-1), v * D.unsqueeze(-1))
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, dtype: torch.dtype,
+        dt: Tensor | None = None, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The fastest form there is. The kernel takes q, k and v in dtype, the layer's, and adds up in fp32."""
     if steps(v, S, q.shape[3], q, k, g):
-        return matrix(q, k, v, g, None, start, S), S
+        add, own = _steps(v, dt, D)
+        return matrix(q, k, add, g, None, start, S) + own, S
     if v.shape[1] != 1 and runs("ssd", v, dtype, uncovered(q, v, dtype)):
-        return fused(q.to(dtype), k.to(dtype), v.to(dtype), g, start, S)
+        return fused(q.to(dtype), k.to(dtype), v.to(dtype), g, start, S, dt, D)
     form = recurrent if v.shape[1] == 1 else chunked
-    return form(promote(q), promote(k), promote(v), g, start, S)
+    return form(promote(q), promote(k), promote(v), g, start, S, dt, D)
 
 
 def uncovered(q: Tensor, v: Tensor, dtype: torch.dtype) -> str | None:
@@ -69,44 +82,50 @@ def uncovered(q: Tensor, v: Tensor, dtype: torch.dtype) -> str | None:
     return next((words for words, true in said.items() if true), None)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, chunk: int = 64,
-          segments: int = 0) -> tuple[Tensor, Tensor]:
-    """The same as a kernel: q, k, v and y of one 16-bit type or fp32, g of any, S fp32.
+def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, dt: Tensor | None = None,
+          D: Tensor | None = None, chunk: int = 64, segments: int = 0) -> tuple[Tensor, Tensor]:
+    """The same as a kernel: q, k, v and y of one 16-bit type or fp32, g of any, S, dt and D fp32.
 
     segments of a row are walked side by side, at the cost of walking twice; 0: where there are too few rows and heads.
     """
     check(q, k, v, g, start, S)
-    inputs = tuple(z.contiguous() for z in (q, k, v, g, start.cumsum(1, dtype=torch.int32), S.float()))
-    save = torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
-    return _forward(*inputs, save, chunk, segments)[:2]
+    _steps(v[:, :0], dt if dt is None else dt[:, :0], D)
+    q, k, v, g = (z.contiguous() for z in (q, k, v, g))
+    doc, S = start.cumsum(1, dtype=torch.int32), S.float().contiguous()
+    dt, D = (z if z is None else z.float().contiguous() for z in (dt, D))
+    save = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (q, k, v, g, dt, D, S))
+    return _forward(q, k, v, g, dt, D, doc, S, save, chunk, segments)[:2]
 
 
 @torch.library.custom_op("stepladder::ssd", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, save: bool, chunk: int,
-             segments: int) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels.forward(q, k, v, g, doc, S, save, chunk, segments)
+def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, dt: Tensor | None, D: Tensor | None, doc: Tensor, S: Tensor,
+             save: bool, chunk: int, segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.forward(q, k, v, g, dt, D, doc, S, save, chunk, segments)
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, save: bool, chunk: int,
-      segments: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, dt: Tensor | None, D: Tensor | None, doc: Tensor, S: Tensor,
+      save: bool, chunk: int, segments: int) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, V = v.shape
     states = v.new_empty(B, -(-T // chunk), H, q.shape[3], V) if save else v.new_empty(0)
     return torch.empty_like(v), torch.empty_like(S), states
 
 
 @torch.library.custom_op("stepladder::ssd_backward", mutates_args=())
-def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Tensor, dy: Tensor, dS: Tensor,
-              chunk: int, segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g (fp32) and S."""
-    return kernels.backward(q, k, v, g, doc, states, dy.contiguous(), dS.contiguous(), chunk, segments)
+def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, dt: Tensor | None, D: Tensor | None, doc: Tensor,
+              states: Tensor, dy: Tensor, dS: Tensor, chunk: int,
+              segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, dt and D (these three fp32; empty without dt and D) and S."""
+    return kernels.backward(q, k, v, g, dt, D, doc, states, dy.contiguous(), dS.contiguous(), chunk, segments)
 
 
 @_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, states: Tensor, dy: Tensor, dS: Tensor, chunk: int,
-      segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, dt: Tensor | None, D: Tensor | None, doc: Tensor, states: Tensor,
+      dy: Tensor, dS: Tensor, chunk: int,
+      segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dg = torch.empty_like(g, dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, dS.new_empty(dS.shape)
+    ddt, dD = (dg.new_empty(0), dg.new_empty(0)) if dt is None else (torch.empty_like(dg), dg.new_empty(g.shape[2]))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, ddt, dD, dS.new_empty(dS.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,11 +136,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dS: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, doc, states = ctx.saved_tensors
+    q, k, v, g, dt, D, doc, states = ctx.saved_tensors
     dy = torch.zeros_like(v) if dy is None else dy
     dS = v.new_zeros(ctx.shape, dtype=torch.float32) if dS is None else dS
-    dq, dk, dv, dg, dS = _backward(q, k, v, g, doc, states, dy, dS, ctx.chunk, ctx.segments)
-    return dq, dk, dv, dg.to(g.dtype), None, dS, None, None, None
+    dq, dk, dv, dg, ddt, dD, dS = _backward(q, k, v, g, dt, D, doc, states, dy, dS, ctx.chunk, ctx.segments)
+    ddt, dD = (None, None) if dt is None else (ddt, dD)
+    return dq, dk, dv, dg.to(g.dtype), ddt, dD, None, dS, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -27,12 +27,13 @@ def conv() -> None:
 
 
 def norm() -> None:
-    """fp32 is what the torch forms hand over."""
-    for dtype in (BF16, torch.float32):
-        y, gate = (torch.empty(2, 256, 16, 128, dtype=d) for d in (dtype, BF16))
-        scale = torch.empty(128)
-        norm_kernels.forward(y, scale, gate, 1e-6)
-        norm_kernels.backward(y, scale, gate, 1e-6, gate)
+    """fp32 is what the torch forms hand over. Mamba-2's rows of 4096, and the longest."""
+    for G, V, first, dtype in ((1, 128, False, BF16), (1, 128, False, torch.float32), (1, 4096, True, BF16),
+                               (2, 8192, True, BF16)):
+        y, gate = (torch.empty(2, 256, 16, V, dtype=d) for d in (dtype, BF16))
+        scale = torch.empty(G, V)
+        norm_kernels.forward(y, scale, gate, first, 1e-6)
+        norm_kernels.backward(y, scale, gate, first, 1e-6, gate)
 
 
 def parts() -> None:
@@ -67,8 +68,9 @@ def ssd() -> None:
     for B, G, H, K, V in ((1, 1, 64, 128, 64), (4, 16, 16, 128, 128), (16, 16, 16, 64, 64)):
         q, v = torch.empty(B, 4000, G, K, dtype=BF16), torch.empty(B, 4000, H, V, dtype=BF16)
         g, doc, S = torch.empty(B, 4000, H), torch.empty(B, 4000, dtype=torch.int32), torch.empty(B, H, K, V)
-        states = ssd_kernels.forward(q, q, v, g, doc, S, True)[2]
-        ssd_kernels.backward(q, q, v, g, doc, states, v, S)
+        more = (g, torch.empty(H)) if G == 1 else (None, None)
+        states = ssd_kernels.forward(q, q, v, g, *more, doc, S, True)[2]
+        ssd_kernels.backward(q, q, v, g, *more, doc, states, v, S)
 
 
 def scan() -> None:

@@ -61,7 +61,7 @@ SIZES: dict[str, list[Any]] = {
     "gla": [(16, 16, 3), (32, 32, 2), (64, 64, 4), (64, 128, 3), (128, 128, 2), (128, 64, 1), (128, 256, 2)],
     "delta": [(32, 32, 2, 2), (64, 64, 4, 2), (128, 128, 2, 1), (128, 256, 2, 2), (256, 256, 1, 1)],
     "ssd": [(128, 64, 6, 1), (128, 128, 2, 2), (64, 64, 4, 2), (32, 48, 3, 1), (16, 256, 2, 2), (128, 256, 2, 1)],
-    "scan": [(64, 16), (200, 16), (96, 8), (48, 32), (24, 4)], "norm": [64, 128, 256, 96],
+    "scan": [(64, 16), (200, 16), (96, 8), (48, 32), (24, 4)], "norm": [64, 128, 256, 96, 4096],
     "conv": [((128, 128, 256), (128**-0.5, 1.0), 64, 4, False), ((200,), (), 1, 4, True), ((96, 8, 8), (), 1, 2, True),
              ((8, 16), (1.0,), 8, 3, False), ((32, 64), (0.0, 2.0), 32, 1, False)],
     "step": [(128, 128, 4, 2), (64, 64, 16, 16), (256, 72, 2, 1)],
@@ -147,10 +147,13 @@ def gla_case(d: Draw, dtype: torch.dtype, K: int, V: int, H: int, rows: str) -> 
 
 
 def ssd_case(d: Draw, dtype: torch.dtype, K: int, V: int, H: int, G: int) -> Case:
+    """One group has steps, as in Mamba-2."""
     B, T = d.pick("B", *ROWS), d.tokens(d.random.choice(["short", "long", "even"]))
     x = {"q": d.randn(B, T, G, K) * K**-0.5, "k": d.randn(B, T, G, K), "v": d.randn(B, T, H, V)}
     x = {n: z.to(dtype) for n, z in x.items()} | {"g": d.gates(B, T, H), "start": d.borders(B, T),
                                                   "S": d.state(B, H, K, V)}
+    if G == 1:
+        x |= {"dt": d.pick("steps to", 0.01, 1.0, 10.0) * d.rand(B, T, H), "D": d.randn(H)}
     return Case(x, partial(ssd.fused, chunk=CHUNK, segments=d.pick("segments", 1, 3)), form(ssd, T))
 
 
@@ -198,8 +201,14 @@ def conv_case(d: Draw, dtype: torch.dtype, sizes: tuple[int, ...], lengths: tupl
 def norm_case(d: Draw, dtype: torch.dtype, V: int, gate: torch.dtype) -> Case:
     rows = d.random.randint(1, 3), d.tokens(d.random.choice(["short", "long"])), d.random.randint(1, 4)
     size = d.pick("size", 1e-2, 1, 10)
-    x = {"y": (size * d.randn(*rows, V)).to(dtype), "scale": 1 + d.randn(V), "gate": 2 * d.randn(*rows, V).to(gate)}
-    return Case(x, lambda **x: (norm.fused(**x),), lambda **x: (norm.gated_norm(**x),))
+    groups, first = d.pick("groups", False, True), d.pick("gated first", False, True)
+    x = {"y": (size * d.randn(*rows, V)).to(dtype), "scale": 1 + d.randn(*rows[-1:] * groups, V),
+         "gate": 2 * d.randn(*rows, V).to(gate)}
+
+    def fast(y: Tensor, scale: Tensor, gate: Tensor) -> tuple[Tensor]:
+        return (norm.fused(y, scale.view(-1, V), gate, first),)
+
+    return Case(x, fast, lambda **x: (norm.gated_norm(**x, first=first),))
 
 
 def step_case(d: Draw, dtype: torch.dtype, kind: str, K: int, V: int, H: int, G: int) -> Case:

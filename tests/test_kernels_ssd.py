@@ -22,13 +22,15 @@ BEGINS: dict[str, list[int]] = {"nowhere": [], "at the first token": [0], "at th
 
 
 def inputs(T: int, gate: str, begins: str, *, G: int = 1, H: int = 2, K: int = 16, V: int = 16, B: int = 1,
-           dtype: torch.dtype = SINGLE, device: str = "cpu") -> dict[str, Tensor]:
-    """q and k of G heads, scaled to sums of some 1."""
+           dtype: torch.dtype = SINGLE, device: str = "cpu", steps: bool = False) -> dict[str, Tensor]:
+    """q and k of G heads, scaled to sums of some 1. steps: with those of Mamba-2, from 0 to 2, some of them 0."""
     q, k, v = randn(B, T, G, K, seed=1) * K**-0.5, randn(B, T, G, K, seed=2), randn(B, T, H, V, seed=3)
     start = torch.zeros(B, T, dtype=torch.bool)
     start[:, [t for t in BEGINS[begins] if t < T]] = True
     out = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "g": GATES[gate](rand(B, T, H, seed=5)).float(),
            "start": start, "S": randn(B, H, K, V, seed=6).float()}
+    if steps:
+        out |= {"dt": (2 * rand(B, T, H, seed=7) - 0.2).clamp_min(0.0).float(), "D": randn(H, seed=8).float()}
     return {n: x.to(device) for n, x in out.items()}
 
 
@@ -42,19 +44,39 @@ def fast(**x: Tensor) -> tuple[Tensor, Tensor]:
     (5, "now and then -50", "three times in a chunk", {"H": 3, "K": 32}), (37, "now and then -50", "nowhere", {}),
     (32, "now and then -inf", "three times in a chunk", {"V": 32})], ids=str)
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-def test_kernels_equal_the_recurrence(T: int, gate: str, begins: str, sizes: dict[str, int], dtype: torch.dtype):
-    agree(fast, ssd.recurrent, inputs(T, gate, begins, **sizes, dtype=dtype), BAR[dtype])
+@pytest.mark.parametrize("steps", [False, True], ids=["", "steps"])
+def test_kernels_equal_the_recurrence(T: int, gate: str, begins: str, sizes: dict[str, int], dtype: torch.dtype,
+                                      steps: bool):
+    agree(fast, ssd.recurrent, inputs(T, gate, begins, **sizes, dtype=dtype, steps=steps), BAR[dtype])
 
 
 @pytest.mark.parametrize("begins", ["nowhere", "at edges of chunks"])
-def test_segments_of_a_row_side_by_side_equal_the_recurrence(begins: str):
-    agree(lambda **x: ssd.fused(**x, chunk=C, segments=3), ssd.recurrent, inputs(70, "to -5", begins), BAR[SINGLE])
+@pytest.mark.parametrize("steps", [False, True], ids=["", "steps"])
+def test_segments_of_a_row_side_by_side_equal_the_recurrence(begins: str, steps: bool):
+    agree(lambda **x: ssd.fused(**x, chunk=C, segments=3), ssd.recurrent, inputs(70, "to -5", begins, steps=steps),
+          BAR[SINGLE])
 
 
-def test_heads_of_a_group_one_after_the_other_equal_the_recurrence(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("steps", [False, True], ids=["", "steps"])
+def test_heads_of_a_group_one_after_the_other_equal_the_recurrence(monkeypatch: pytest.MonkeyPatch, steps: bool):
     """What a small group does side by side, and adds up after, where there is no processor left for it."""
     monkeypatch.setattr(kernels, "processors", lambda x: 1)
-    agree(fast, ssd.recurrent, inputs(21, "to -5", "at edges of chunks", H=4, V=32), BAR[SINGLE])
+    agree(fast, ssd.recurrent, inputs(21, "to -5", "at edges of chunks", H=4, V=32, steps=steps), BAR[SINGLE])
+
+
+def test_steps_without_what_values_add_to_their_own_output_are_refused():
+    x = inputs(5, "0", "nowhere", steps=True)
+    del x["D"]
+    for form in (fast, ssd.recurrent, ssd.chunked):
+        with pytest.raises(ValueError, match="dt is given and D is missing: they are given both or neither"):
+            form(**x)
+
+
+def test_a_step_of_0_still_has_a_gradient():
+    """It is found before the step scales it, not divided by the step after."""
+    x = inputs(37, "to -5", "nowhere", steps=True)
+    x["dt"].zero_()
+    agree(fast, ssd.recurrent, x, BAR[SINGLE])
 
 
 def test_long_rows_of_few_heads_are_cut_into_segments():
@@ -101,18 +123,22 @@ def test_gradients_of_the_output_or_the_state_alone():
             torch.testing.assert_close(a, b, msg=name)
 
 
-def test_torch_holds_the_operators_to_be_well_formed():
-    x = {n: z.requires_grad_() if z.is_floating_point() else z for n, z in inputs(5, "to -5", "nowhere").items()}
-    args = *(x[n] for n in ("q", "k", "v", "g")), x["start"].cumsum(1, dtype=torch.int32), x["S"]
+@pytest.mark.parametrize("steps", [False, True], ids=["", "steps"])
+def test_torch_holds_the_operators_to_be_well_formed(steps: bool):
+    made = inputs(5, "to -5", "nowhere", steps=steps)
+    x = {n: z.requires_grad_() if z.is_floating_point() else z for n, z in made.items()}
+    names = "q", "k", "v", "g", "dt", "D"
+    args = *(x.get(n) for n in names), x["start"].cumsum(1, dtype=torch.int32), x["S"]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ssd._forward, (*args, True, C, 0), test_utils=tests)
     made = [z.detach() for z in ssd._forward(*args, True, C, 0)]
     with torch.no_grad():
-        torch.library.opcheck(ssd._backward, (*args[:5], made[2], made[0], made[1], C, 0), test_utils=tests[::2])
+        torch.library.opcheck(ssd._backward, (*args[:7], made[2], made[0], made[1], C, 0), test_utils=tests[::2])
 
 
-def test_a_compiled_program_has_no_break():
-    x = inputs(5, "to -5", "nowhere")
+@pytest.mark.parametrize("steps", [False, True], ids=["", "steps"])
+def test_a_compiled_program_has_no_break(steps: bool):
+    x = inputs(5, "to -5", "nowhere", steps=steps)
     want, got = outcome(fast, x), outcome(torch.compile(fast, fullgraph=True, backend="aot_eager"), x)
     assert all(torch.equal(got[n], want[n]) for n in want)
 
@@ -152,7 +178,7 @@ SIZES = [{"G": 1, "H": 16, "K": 128, "V": 64}, {"G": 4, "H": 4, "K": 128, "V": 1
 
 
 def large(sizes: dict[str, int], begins: str, T: int = 1000) -> dict[str, Any]:
-    return inputs(T, "to -5", begins, **sizes, B=2, dtype=torch.bfloat16, device="cuda")
+    return inputs(T, "to -5", begins, **sizes, B=2, dtype=torch.bfloat16, device="cuda", steps=sizes["G"] == 1)
 
 
 @pytest.mark.gpu

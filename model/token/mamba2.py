@@ -14,7 +14,7 @@ from stepladder.model.leaf import constant, normal, rates, time_steps, uniform
 from stepladder.model.mixer import Recurrent
 from stepladder.ops import conv, ssd
 from stepladder.ops.linear import linear, promote
-from stepladder.ops.norm import EPS
+from stepladder.ops.norm import EPS, gated_norm
 
 
 @dataclass(frozen=True)
@@ -91,24 +91,25 @@ class Mixer(Recurrent):
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
         z = linear(x, self.wz)
-        xBC = torch.cat([linear(x, w) for w in (self.wx, self.wB, self.wC)], -1)
+        xBC = linear(x, self.wx, self.wB, self.wC)
         taps, bias = (torch.cat(w) for w in ((self.conv_x, self.conv_B, self.conv_C),
                                              (self.bias_x, self.bias_B, self.bias_C)))
         sizes = [len(w) for w in (self.wx, self.wB, self.wC)]
         v, k, q, before = conv.activated(xBC, taps, ctx.start, state.before, bias, sizes)
         v, k, q = v.unflatten(-1, (-1, V)), k.unflatten(-1, (-1, K)), q.unflatten(-1, (-1, K))
         dt = F.softplus(promote(linear(x, self.wdt)) + self.dt_bias)                   # (B, T, H)
-        y, S = ssd.mix(q, k, v * dt.unsqueeze(-1), -self.A_log.exp() * dt, ctx.start, state.S, x.dtype)
-        y = (y + self.skip.unsqueeze(-1) * v).flatten(2) * F.silu(promote(z))
-        return linear(self.normed(y).to(x.dtype), self.wo), State(S, before)
+        y, S = ssd.mix(q, k, v, -self.A_log.exp() * dt, ctx.start, state.S, x.dtype, dt, self.skip)
+        return linear(self.normed(y.flatten(2), z).to(x.dtype), self.wo), State(S, before)
 
-    def normed(self, y: Tensor) -> Tensor:
-        """RMS norm of each group (B, T, H*V), after the gate; a single group is spread over the ranks."""
-        square = y.square().unflatten(-1, (self.wB.shape[0] // self.spec.key_dim, -1)).sum(-1, keepdim=True)
-        if self.spec.groups == 1:
-            square = self.comm.total(square)
-        size = self.spec.heads * self.spec.value_dim // self.spec.groups
-        return (y.unflatten(-1, (square.shape[-2], -1)) * (square / size + EPS).rsqrt()).flatten(-2) * self.norm
+    def normed(self, y: Tensor, z: Tensor) -> Tensor:
+        """y and z (B, T, H*V): RMS norm of each group, after the gate; a single group is spread over the ranks."""
+        if self.spec.groups == 1 and self.comm.divided:
+            y = y * F.silu(promote(z))
+            square = self.comm.total(y.square().sum(-1, keepdim=True))
+            return y * (square / (self.spec.heads * self.spec.value_dim) + EPS).rsqrt() * self.norm
+        groups = self.wB.shape[0] // self.spec.key_dim
+        y, z, scale = (x.unflatten(-1, (groups, -1)) for x in (y, z, self.norm))
+        return gated_norm(y, scale, z, first=True).flatten(-2)
 
 
 TINY = [Spec(heads=4, value_dim=8, key_dim=8),

@@ -5,9 +5,11 @@
 
 A row lists PAIRS of keys and values, then asks for the values of all keys in random order, with the answers in between.
 Two layers; only answers are learned from. A mixer's state grows with its heads' keys and values, attention's with the
-row, so accuracy stands over floats of state a layer at the row's end. Weights begin at width^-1/2, and attention has
-normed heads and a RoPE base that goes with short rows: at 0.02, unnormed and with a base of 10,000 it found no answer
-to 8 pairs in 1,500 steps, so (and with 2,000 ahead of it) in 300.
+row, so accuracy stands over floats of state a layer at the row's end. Who only learns which values are left to be
+asked for has H_n / n of n answers right, 0.21 of 16: none has more for the first hundreds of steps.
+
+Attention's weights begin at width^-1/2, its heads are normed and its RoPE base goes with short rows: at 0.02, unnormed
+and with a base of 10,000 it found no answer to 8 pairs in 1,500 steps, so in 300.
 """
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from stepladder.parallel.optimizer import Optimizer
 from stepladder.parallel.pipeline import Micro
 from stepladder.parallel.support import Parallel
 
-WIDTH, HEADS, ROWS = 128, 2, 64
+WIDTH, HEADS, ROWS = 128, 2, 256
 SIDES = {                # of one head: keys and values of these sizes
     "attention": lambda d: {"heads": HEADS, "head_dim": WIDTH // HEADS, "theta": 100.0, "qk_norm": True},
     "gla": lambda d: {"heads": HEADS, "key_dim": d, "value_dim": d},
@@ -59,7 +61,7 @@ def model(mixer: str, size: int, pairs: int, seed: int, device: torch.device) ->
     spec = find(TOKEN, mixer).Spec(**SIDES[mixer](size))
     block = BlockConfig(spec, find(CHANNEL, "swiglu").Spec(hidden=2 * WIDTH))
     cfg = ModelConfig(vocab=-(-(8 * pairs + 1) // 64) * 64, width=WIDTH, layers=2, blocks={"a": block}, pattern=("a",),
-                      std=WIDTH**-0.5)
+                      std=WIDTH**-0.5 if mixer == "attention" else 0.02)
     return build(cfg, Mesh(Parallel(), device), seed=seed, captured=device.type == "cuda")
 
 
@@ -72,7 +74,7 @@ def floats(parts: Parts, length: int) -> int:
 @torch.no_grad()
 def accuracy(parts: Parts, pairs: int, device: str) -> float:
     gen = torch.Generator(device).manual_seed(1 << 20)
-    tokens, targets = rows(4 * ROWS, pairs, gen, device)
+    tokens, targets = rows(ROWS, pairs, gen, device)
     stream = parts.decoder(tokens, Context.plain(*tokens.shape, device=device))
     (logits,) = parts.decoder.finish(stream)
     asked = targets != IGNORE
@@ -83,6 +85,7 @@ def train(mixer: str, size: int, seed: int, args: argparse.Namespace) -> tuple[i
     """Floats of state, the share of answers that are right, and seconds."""
     began = time.perf_counter()
     torch.set_num_threads(1)                 # there are others beside this one
+    torch.set_float32_matmul_precision("high")
     parts = model(mixer, size, args.pairs, seed, torch.device(args.device))
     optimizer = Optimizer(parts)
     gen = torch.Generator(args.device).manual_seed(seed)
@@ -114,8 +117,8 @@ def draw(found: dict[str, list[tuple[int, list[float]]]], args: argparse.Namespa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mixers", nargs="+", default=list(SIDES), choices=SIDES)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 16, 32, 64])
-    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 16, 32])
+    parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=3e-3)
