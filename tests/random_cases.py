@@ -20,11 +20,12 @@ import logging
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import cycle, product, zip_longest
 from typing import Any, NamedTuple
@@ -375,11 +376,13 @@ def main() -> int:
     tasks = sorted((task for task in tasks if task[1]), key=lambda task: [*FAMILIES].index(task[0].family))
     until, found = began + args.seconds, []              # what takes longest to compile goes first
     alone = args.workers == 1 or len(tasks) == 1
-    for out in (work(task, args.seed, until) for task in tasks) if alone else parallel(tasks, args, until):
-        for i, result in out:
-            found.append((i, result))
-            if result.wrong:
-                print(f"--seed {args.seed} --case {i}: {result.family}: {result.wrong}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # who ends it early still reads what was found
+    with suppress(KeyboardInterrupt):
+        for out in (work(task, args.seed, until) for task in tasks) if alone else parallel(tasks, args, until):
+            for i, result in out:
+                found.append((i, result))
+                if result.wrong:
+                    print(f"--seed {args.seed} --case {i}: {result.family}: {result.wrong}", flush=True)
     wanted = sum(len(numbers) for _, numbers in tasks)
     report([result for _, result in found], wanted, time.time() - began)
     if lost := [build for build, numbers in tasks if not {i for i, _ in found}.intersection(numbers)]:
