@@ -3,11 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 
 class Put(NamedTuple):
@@ -53,7 +55,7 @@ def weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """A product with master weights of higher precision, or with several, or one whose weight gradients are put off."""
+    """A product with master weights of higher precision, or one whose weight gradients are put off."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, later: list[Put] | None, *ws: Tensor) -> Tensor:
@@ -64,32 +66,80 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *ws = ctx.saved_tensors
-        dx, g, x = g @ _stacked(ws, g.dtype), g.flatten(0, -2), x.flatten(0, -2)
         if ctx.later is not None:
-            ctx.later.append(Put(ctx.leaves, g, x))
-            return dx, None, *(None for _ in ws)
-        return dx, None, *weight_gradient(g, x, ws[0].dtype).split([len(w) for w in ws])
+            ctx.later.append(Put(ctx.leaves, g.flatten(0, -2), x.flatten(0, -2)))
+            return g @ _stacked(ws, g.dtype), None, *(None for _ in ws)
+        return g @ ws[0].to(g.dtype), None, weight_gradient(g.flatten(0, -2), x.flatten(0, -2), ws[0].dtype)
 
 
 def _stacked(ws: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return ws[0].to(dtype) if len(ws) == 1 else torch.cat([w.to(dtype) for w in ws])
 
 
-def linear(x: Tensor, *ws: Tensor) -> Tensor:
-    """x (..., I), each w (O, I) -> (..., sum of O) in x's dtype; fp32 master weights are cast here, and only here.
+@torch.library.custom_op("stepladder::products", mutates_args=())
+def _products(x: Tensor, ws: list[Tensor]) -> Tensor:
+    """x (..., I), each w (O, I) -> (..., sum of O). An operator, because a compiler that sees inside keeps the weights
+    that it laid side by side for the backward pass, and so a copy of what FSDP has given back meanwhile."""
+    return F.linear(x, _stacked(ws, x.dtype))
+
+
+@_products.register_fake
+def _(x: Tensor, ws: list[Tensor]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(len(w) for w in ws))
+
+
+@torch.library.custom_op("stepladder::products_backward", mutates_args=())
+def _products_backward(g: Tensor, x: Tensor, ws: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of the weights one below the other."""
+    return g @ _stacked(ws, g.dtype), weight_gradient(g.flatten(0, -2), x.flatten(0, -2), ws[0].dtype)
+
+
+@_products_backward.register_fake
+def _(g: Tensor, x: Tensor, ws: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), ws[0].new_empty(g.shape[-1], x.shape[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, list[Tensor]], output: Tensor) -> None:
+    x, ws = inputs
+    ctx.save_for_backward(x, *ws)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    x, *ws = ctx.saved_tensors
+    dx, dw = _products_backward(g, x, ws)
+    return dx, [*dw.split([len(w) for w in ws])]
+
+
+_products.register_autograd(_gradients, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.stepladder.products)
+def _(x: Sequence[int], ws: Sequence[Sequence[int]], **_: Any) -> int:
+    return sum(2 * prod(x) * w[0] for w in ws)
+
+
+@register_flop_formula(torch.ops.stepladder.products_backward)
+def _(g: Sequence[int], x: Sequence[int], ws: Sequence[Sequence[int]], **_: Any) -> int:
+    return sum(4 * prod(x) * w[0] for w in ws)
+
+
+def linear(x: Tensor, w: Tensor, *more: Tensor) -> Tensor:
+    """x (..., I), weights (O, I) -> (..., sum of O) in x's dtype; fp32 master weights are cast here, and only here.
 
     Several weights are one product forward, and one for each kind of gradient: narrow ones alone leave most of a GPU
     idle, and the gradients of x need no adding up. For less than a row for each of I, their outputs are laid side by
     side instead of them: in decoding a copy of the weights would take as long as reading them.
     """
-    if len(ws) > 1 and x.numel() < x.shape[-1]**2:
+    ws = w, *more
+    if more and x.numel() < x.shape[-1]**2:
         return torch.cat([linear(x, w) for w in ws], -1)
     later = _later                    # for leaves alone: the gradients of others are on their way to other nodes
     if later is not None and (not all(w.is_leaf for w in ws) or
                               (x.is_cuda and torch.cuda.current_stream() != _stream)):
         later = None
-    plain = len(ws) == 1 and ws[0].dtype == x.dtype and later is None
-    return F.linear(x, ws[0]) if plain else _Product.apply(x, later, *ws)  # pyright: ignore
+    if later is None and more:
+        return _products(x, [*ws])
+    return F.linear(x, w) if later is None and w.dtype == x.dtype else _Product.apply(x, later, *ws)  # pyright: ignore
 
 
 def promote(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from stepladder.launch.train import Trainer
 from stepladder.model.config import ModelConfig
 from stepladder.model.context import Context, borders
 from stepladder.model.decoder import costs, flops, parameters
-from stepladder.ops.linear import Put, catch_up, linear, put_off
+from stepladder.ops.linear import catch_up
 from stepladder.parallel import pipeline
 from stepladder.parallel.build import build
 from stepladder.parallel.checkpoint import Store
@@ -185,61 +185,6 @@ def without_ends(rank: int, n: int) -> list[str]:
 def test_a_tied_table_whose_ends_are_not_summed_is_seen() -> None:
     lines = {line.split(" is off")[0] for rank in ranks.run(2, without_ends) for line in rank}
     assert lines == {"gradient of embed.table"}
-
-
-# Weight gradients put off
-
-@pytest.mark.parametrize(("x_type", "w_type"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
-def test_weight_gradients_put_off_are_those_of_autograd(x_type: torch.dtype, w_type: torch.dtype) -> None:
-    w, twin = (torch.linspace(-1, 1, 12, dtype=w_type).view(3, 4).requires_grad_() for _ in range(2))
-    x = torch.linspace(-2, 3, 40, dtype=x_type).view(2, 5, 4)
-    later: list[Put] = []
-    for _ in range(2):
-        (linear(x, twin) ** 2).sum().backward()
-        with put_off(later):
-            (linear(x, w) ** 2).sum().backward()
-    assert w.grad is None
-    catch_up(later)
-    assert w.grad is not None
-    assert twin.grad is not None
-    assert torch.equal(w.grad, twin.grad)
-
-
-@pytest.mark.parametrize("tokens", [3, 40], ids=["fewer rows than channels", "more"])
-@pytest.mark.parametrize(("x_type", "w_type"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
-def test_several_weights_are_one_product_that_equals_their_own(tokens: int, x_type: torch.dtype,
-                                                              w_type: torch.dtype) -> None:
-    gen = torch.Generator().manual_seed(0)
-    ws = [torch.randn(n, 8, generator=gen, dtype=w_type).requires_grad_() for n in (3, 5, 2)]
-    x = torch.randn(tokens, 8, generator=gen, dtype=torch.float64).to(x_type).requires_grad_()
-    g = torch.randn(tokens, 10, generator=gen, dtype=torch.float64).to(x_type)
-    want = torch.cat([linear(x, w) for w in ws], -1)
-    with torch.profiler.profile() as profile:
-        got = linear(x, *ws)
-    products = sum(e.count for e in profile.key_averages() if e.key == "aten::mm")
-    assert products == (1 if tokens > 8 else 3)
-    bar = {"rtol": 2e-2, "atol": 2e-2} if x_type == torch.bfloat16 else {}
-    for a, b in zip((got, *torch.autograd.grad(got, (x, *ws), g)), (want, *torch.autograd.grad(want, (x, *ws), g)),
-                    strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, **bar)
-    with put_off(later := []):
-        linear(x, *ws).backward(g)
-    assert all(w.grad is None for w in ws)
-    catch_up(later)
-    for w, dw in zip(ws, torch.autograd.grad(linear(x, *ws), ws, g), strict=True):
-        assert w.grad is not None
-        assert torch.equal(w.grad, dw)
-
-
-def test_nothing_is_put_off_outside_of_the_pipeline() -> None:
-    w = torch.ones(3, 4, requires_grad=True)
-    with put_off(later := []):
-        linear(torch.ones(2, 4), w * 1).sum().backward()      # not a leaf: its gradient is on its way elsewhere
-    linear(torch.ones(2, 4), w).sum().backward()
-    assert not later
-    assert w.grad is not None
-    assert float(w.grad.sum()) == 48
 
 
 # Training: evaluation, optimizer, checkpoint
