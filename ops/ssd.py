@@ -20,8 +20,10 @@ from stepladder.ops.step import matrix, steps
 
 try:
     from stepladder.kernels import ssd as kernels
+    from stepladder.kernels import ssd_backward as backward_kernels
 except ModuleNotFoundError:        # no triton: the torch form runs
     kernels: Any = None
+    backward_kernels: Any = None
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, dt: Tensor | None = None,
@@ -116,7 +118,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, dt: Tensor | None, D: 
               states: Tensor, dy: Tensor, dS: Tensor, chunk: int,
               segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, dt and D (these three fp32; empty without dt and D) and S."""
-    return kernels.backward(q, k, v, g, dt, D, doc, states, dy.contiguous(), dS.contiguous(), chunk, segments)
+    return backward_kernels.backward(q, k, v, g, dt, D, doc, states, dy.contiguous(), dS.contiguous(), chunk, segments)
 
 
 @_backward.register_fake

@@ -12,6 +12,7 @@ from stepladder.kernels import norm as norm_kernels
 from stepladder.kernels import parts as parts_kernels
 from stepladder.kernels import scan as scan_kernels
 from stepladder.kernels import ssd as ssd_kernels
+from stepladder.kernels import ssd_backward as ssd_backward_kernels
 from stepladder.kernels import step as step_kernels
 
 BF16 = torch.bfloat16
@@ -70,7 +71,7 @@ def ssd() -> None:
         g, doc, S = torch.empty(B, 4000, H), torch.empty(B, 4000, dtype=torch.int32), torch.empty(B, H, K, V)
         more = (g, torch.empty(H)) if G == 1 else (None, None)
         states = ssd_kernels.forward(q, q, v, g, *more, doc, S, True)[2]
-        ssd_kernels.backward(q, q, v, g, *more, doc, states, v, S)
+        ssd_backward_kernels.backward(q, q, v, g, *more, doc, states, v, S)
 
 
 def scan() -> None:

@@ -9,6 +9,7 @@ from fused import BAR, HALF, SINGLE, agree, compiled, outcome, poisoned, rand, r
 from torch import Tensor
 
 from stepladder.kernels import ssd as kernels
+from stepladder.kernels import ssd_backward
 from stepladder.ops import ssd
 
 pytestmark = pytest.mark.usefixtures(poisoned.__name__)
@@ -60,7 +61,7 @@ def test_segments_of_a_row_side_by_side_equal_the_recurrence(begins: str, steps:
 @pytest.mark.parametrize("steps", [False, True], ids=["", "steps"])
 def test_heads_of_a_group_one_after_the_other_equal_the_recurrence(monkeypatch: pytest.MonkeyPatch, steps: bool):
     """What a small group does side by side, and adds up after, where there is no processor left for it."""
-    monkeypatch.setattr(kernels, "processors", lambda x: 1)
+    monkeypatch.setattr(ssd_backward, "processors", lambda x: 1)
     agree(fast, ssd.recurrent, inputs(21, "to -5", "at edges of chunks", H=4, V=32, steps=steps), BAR[SINGLE])
 
 
