@@ -58,7 +58,7 @@ def _reverse(q, g, doc, dy, dS1, ends, decays, dstates, dS0, T, per, G: tl.const
 def _inside(q, k, v, g, step, skip, doc, dy, dstates, X, dv, edges, keeps, owed, dskip, parts, T, G: tl.constexpr,
             H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
             STEP: tl.constexpr, STAGES: tl.constexpr):
-    """dv, X = decay * (v dy^T), keys by queries, what pairs owe to gates, and decays from a chunk's ends and to them.
+    """dv, X = decay * step * (v dy^T), keys by queries, what pairs owe to gates, and decays to and from a chunk's ends.
 
     Of a chunk's heads of a group, or a part of them, one after the other: X is their sum, before it meets queries and
     keys. A gate scales every pair that passes it; a token with itself passes none. What is owed to a step is written

@@ -43,7 +43,8 @@ def catch_up(later: list[Put]) -> None:
     """Add the gradients put off to their weights' own."""
     for ws, g, x in later:
         for w, dw in zip(ws, weight_gradient(g, x, ws[0].dtype).split([len(w) for w in ws]), strict=True):
-            w.grad = dw if w.grad is None else w.grad.add_(dw)
+            if w.requires_grad:
+                w.grad = dw if w.grad is None else w.grad.add_(dw)
 
 
 def weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,7 +97,7 @@ def _products_backward(g: Tensor, x: Tensor, ws: list[Tensor]) -> tuple[Tensor, 
 
 @_products_backward.register_fake
 def _(g: Tensor, x: Tensor, ws: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), ws[0].new_empty(g.shape[-1], x.shape[-1])
+    return x.new_empty(x.shape), ws[0].new_empty(g.shape[-1], x.shape[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, list[Tensor]], output: Tensor) -> None:

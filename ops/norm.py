@@ -28,6 +28,9 @@ def gated_norm(y: Tensor, scale: Tensor, gate: Tensor, first: bool = False) -> T
 
     scale (V,) of every row, or (G, V) of rows (..., G, V). first: gated before the norm, as in Mamba-2.
     """
+    if gate.shape != y.shape or scale.shape not in (y.shape[-1:], y.shape[-2:]):
+        raise ValueError(f"rows {(*y.shape,)} do not go with a gate {(*gate.shape,)} and a scale {(*scale.shape,)}: "
+                         "the gate is like them, the scale of their last dimension or of the last two")
     longest = kernels.LONGEST if kernels else 0
     if runs("norm", y, y.dtype, None if y.shape[-1] <= longest else f"rows of {y.shape[-1]}, more than {longest}"):
         return fused(y.contiguous(), scale if scale.dim() == 2 else scale.unsqueeze(0), gate.contiguous(), first)

@@ -30,13 +30,13 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tens
               D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The definition, one token at a time. Every other form is tested against this one."""
     check(q, k, v, g, start, S)
-    add, own = _steps(v, dt, D)
+    add = stepped(v, dt, D)
     q, k, out = share(q, v.shape[2]), share(k, v.shape[2]), [v[:, :0]]
     for t in range(q.shape[1]):
         S = torch.where(start[:, t, None, None, None], 0.0, S)
         S = g[:, t, :, None, None].exp() * S + k[:, t].unsqueeze(-1) * add[:, t].unsqueeze(-2)
         out.append((q[:, t].unsqueeze(-2) @ S).transpose(1, 2))
-    return torch.cat(out, 1) + own, S
+    return skipped(torch.cat(out, 1), v, D), S
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, dt: Tensor | None = None,
@@ -46,30 +46,40 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
     T, H = v.shape[1:3]
     C = min(chunk, max(T, 1))
     d = decay(g, start, C)
-    v, own = _steps(v, dt, D)
-    q, k, v = cut(share(q, H), C), cut(share(k, H), C), cut(v, C)          # (B, H, N, C, ...)
-    add = (k * d.until).mT @ v                                             # (B, H, N, K, V)
+    u = stepped(v, dt, D)
+    q, k, u = cut(share(q, H), C), cut(share(k, H), C), cut(u, C)          # (B, H, N, C, ...)
+    add = (k * d.until).mT @ u                                             # (B, H, N, K, V)
     states = [S]
     for n in range(add.shape[2]):
         states.append(d.keep[:, :, n] * states[-1] + add[:, :, n])
     before = torch.stack(states, 2)[:, :, :-1]
-    return join((q * d.since) @ before + (q @ k.mT * d.within) @ v, T) + own, states[-1]
+    return skipped(join((q * d.since) @ before + (q @ k.mT * d.within) @ u, T), v, D), states[-1]
 
 
-def _steps(v: Tensor, dt: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor | float]:
-    """What values write, and what of them reaches their own token's output besides."""
-    if (dt is None) != (D is None):
-        raise ValueError(f"dt {'is missing' if dt is None else 'is given'} and D {'is' if D is None else 'is not'} "
-                         "missing: they are given both or neither")
-    return (v, 0.0) if dt is None or D is None else (v * dt.unsqueeze(-1), v * D.unsqueeze(-1))
+def check_steps(v: Tensor, dt: Tensor | None, D: Tensor | None) -> None:
+    """Raises ValueError where dt and D do not go with values: kernels would read beyond them."""
+    given = [None if z is None else (*z.shape,) for z in (dt, D)]
+    if given not in ([None, None], [v.shape[:3], v.shape[2:3]]):
+        raise ValueError(f"dt {given[0]} and D {given[1]} do not go with values {(*v.shape,)}: give both or neither, a "
+                         "step for each token and head and a number for each head")
+
+
+def stepped(v: Tensor, dt: Tensor | None, D: Tensor | None) -> Tensor:
+    """What values write."""
+    check_steps(v, dt, D)
+    return v if dt is None else v * dt.unsqueeze(-1)
+
+
+def skipped(y: Tensor, v: Tensor, D: Tensor | None) -> Tensor:
+    """y, with what of values reaches their own token's output besides."""
+    return y if D is None else y + v * D.unsqueeze(-1)
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, dtype: torch.dtype,
         dt: Tensor | None = None, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The fastest form there is. The kernel takes q, k and v in dtype, the layer's, and adds up in fp32."""
-    if steps(v, S, q.shape[3], q, k, g):
-        add, own = _steps(v, dt, D)
-        return matrix(q, k, add, g, None, start, S) + own, S
+    if steps(v, S, q.shape[3], q, k, g, dt, D):
+        return skipped(matrix(q, k, stepped(v, dt, D), g, None, start, S), v, D), S
     if v.shape[1] != 1 and runs("ssd", v, dtype, uncovered(q, v, dtype)):
         return fused(q.to(dtype), k.to(dtype), v.to(dtype), g, start, S, dt, D)
     form = recurrent if v.shape[1] == 1 else chunked
@@ -91,7 +101,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, 
     segments of a row are walked side by side, at the cost of walking twice; 0: where there are too few rows and heads.
     """
     check(q, k, v, g, start, S)
-    _steps(v[:, :0], dt if dt is None else dt[:, :0], D)
+    check_steps(v, dt, D)
     q, k, v, g = (z.contiguous() for z in (q, k, v, g))
     doc, S = start.cumsum(1, dtype=torch.int32), S.float().contiguous()
     dt, D = (z if z is None else z.float().contiguous() for z in (dt, D))

@@ -56,6 +56,7 @@ BARS: dict[str, dict[str, float]] = {                    # of 16 bits; "" is for
     "conv": {"": 8e-3, "y": 5e-3}, "norm": {"": 5e-3, "dscale": 8e-3}, "step": {"": 5e-3, "S": 1e-5}}
 FP32 = BAR[SINGLE] if INTERPRET else 1e-4                # on a GPU its products are of three tf32 passes
 ROUNDINGS = 4
+PIECE = 50           # cases that a process is given and reports at once; the next of a build find its kernels compiled
 TYPES = (SINGLE, HALF) if INTERPRET else (torch.bfloat16, HALF, SINGLE)
 # gla: K, V, H; delta, ssd and step: K, V, H, G; scan: D, N; norm: V; conv: parts, their lengths, head, taps, bias.
 SIZES: dict[str, list[Any]] = {
@@ -148,12 +149,11 @@ def gla_case(d: Draw, dtype: torch.dtype, K: int, V: int, H: int, rows: str) -> 
 
 
 def ssd_case(d: Draw, dtype: torch.dtype, K: int, V: int, H: int, G: int) -> Case:
-    """One group has steps, as in Mamba-2."""
     B, T = d.pick("B", *ROWS), d.tokens(d.random.choice(["short", "long", "even"]))
     x = {"q": d.randn(B, T, G, K) * K**-0.5, "k": d.randn(B, T, G, K), "v": d.randn(B, T, H, V)}
     x = {n: z.to(dtype) for n, z in x.items()} | {"g": d.gates(B, T, H), "start": d.borders(B, T),
                                                   "S": d.state(B, H, K, V)}
-    if G == 1:
+    if d.pick("steps", False, True):
         x |= {"dt": d.pick("steps to", 0.01, 1.0, 10.0) * d.rand(B, T, H), "D": d.randn(H)}
     return Case(x, partial(ssd.fused, chunk=CHUNK, segments=d.pick("segments", 1, 3)), form(ssd, T))
 
@@ -373,10 +373,11 @@ def main() -> int:
     numbers = range(args.cases) if args.case is None else [args.case]
     tasks = [(build, [i for i in numbers if i % len(every) == b]) for b, build in enumerate(every)
              if build.family in args.families or args.case is not None]
-    tasks = sorted((task for task in tasks if task[1]), key=lambda task: [*FAMILIES].index(task[0].family))
+    # First pieces first: whose kernels others compile already would compile them as well.
+    pieces = [(i, build, of[i:i + PIECE]) for build, of in tasks for i in range(0, len(of), PIECE)]
+    tasks = [task for _, *task in sorted(pieces, key=lambda piece: (piece[0], [*FAMILIES].index(piece[1].family)))]
     until, found = began + args.seconds, []              # what takes longest to compile goes first
     alone = args.workers == 1 or len(tasks) == 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)        # who ends it early still reads what was found
     with suppress(KeyboardInterrupt):
         for out in (work(task, args.seed, until) for task in tasks) if alone else parallel(tasks, args, until):
             for i, result in out:
@@ -391,4 +392,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # who ends it early still reads what was found
     sys.exit(main())

@@ -71,6 +71,12 @@ def test_gradients_in_fp32_lose_nothing_to_a_gate_of_16_bits(poisoned: None) -> 
     assert max(fused.ratio(got[i].squeeze(), want[i].squeeze()) for i in range(2)) < BAR[SINGLE]
 
 
+@pytest.mark.parametrize("scale", [(4, 8), (5, 8), (7,)])
+def test_scales_that_do_not_go_with_rows_are_refused(scale: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"rows \(4, 6, 8\) do not go with a gate \(4, 6, 8\) and a scale"):
+        norm.gated_norm(torch.ones(4, 6, 8), torch.ones(scale), torch.ones(4, 6, 8))
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["", "gated first"])
 def test_nan_stays_in_its_head(first: bool) -> None:
     made = inputs(16)

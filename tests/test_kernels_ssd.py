@@ -1,7 +1,7 @@
 """The kernels of the recurrence with one decay per head equal its definition, forward and every gradient."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -41,7 +41,9 @@ def fast(**x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("T", "gate", "begins", "sizes"), [
     (37, "0", "at edges of chunks", {}), (21, "-1e-3", "at the last token", {"H": 1, "V": 48}),
-    (37, "to -5", "at the first token", {"G": 2, "B": 2}), (16, "-50", "nowhere", {}), (1, "to -5", "nowhere", {}),
+    (37, "to -5", "at the first token", {"G": 2, "B": 2}),
+    (21, "to -5", "at edges of chunks", {"G": 2, "H": 4, "K": 128}), (16, "-50", "nowhere", {}),
+    (1, "to -5", "nowhere", {}),
     (5, "now and then -50", "three times in a chunk", {"H": 3, "K": 32}), (37, "now and then -50", "nowhere", {}),
     (32, "now and then -inf", "three times in a chunk", {"V": 32})], ids=str)
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
@@ -65,12 +67,26 @@ def test_heads_of_a_group_one_after_the_other_equal_the_recurrence(monkeypatch: 
     agree(fast, ssd.recurrent, inputs(21, "to -5", "at edges of chunks", H=4, V=32, steps=steps), BAR[SINGLE])
 
 
-def test_steps_without_what_values_add_to_their_own_output_are_refused():
+@pytest.mark.parametrize("wrong", [{"D": None}, {"dt": None}, {"dt": (1, 4, 2)}, {"dt": (1, 5, 1)}, {"D": (1,)}],
+                         ids=str)
+def test_steps_and_skips_that_do_not_go_with_values_are_refused(wrong: dict[str, tuple[int, ...] | None]):
     x = inputs(5, "0", "nowhere", steps=True)
-    del x["D"]
+    x |= {name: cast(Tensor, shape and torch.ones(shape)) for name, shape in wrong.items()}
     for form in (fast, ssd.recurrent, ssd.chunked):
-        with pytest.raises(ValueError, match="dt is given and D is missing: they are given both or neither"):
+        with pytest.raises(ValueError, match=r"dt .* and D .* do not go with values \(1, 5, 2, 16\): give both"):
             form(**x)
+
+
+def test_one_token_moves_the_state_in_place_only_where_nothing_learns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("stepladder.ops.step.runs", lambda *args: True)
+    x = inputs(1, "to -5", "nowhere", steps=True)
+    x["dt"].requires_grad_()
+    before = x["S"].clone()
+    y, _ = ssd.mix(**x, dtype=SINGLE)
+    assert torch.equal(x["S"], before)
+    (got,) = torch.autograd.grad(y.sum(), x["dt"])
+    (want,) = torch.autograd.grad(ssd.recurrent(**x)[0].sum(), x["dt"])
+    torch.testing.assert_close(got, want)
 
 
 def test_a_step_of_0_still_has_a_gradient():
@@ -179,7 +195,7 @@ SIZES = [{"G": 1, "H": 16, "K": 128, "V": 64}, {"G": 4, "H": 4, "K": 128, "V": 1
 
 
 def large(sizes: dict[str, int], begins: str, T: int = 1000) -> dict[str, Any]:
-    return inputs(T, "to -5", begins, **sizes, B=2, dtype=torch.bfloat16, device="cuda", steps=sizes["G"] == 1)
+    return inputs(T, "to -5", begins, **sizes, B=2, dtype=torch.bfloat16, device="cuda", steps=sizes["G"] < 4)
 
 
 @pytest.mark.gpu

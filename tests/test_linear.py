@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
+from test_parity import LENGTH, ROWS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepladder.ops.linear import Put, catch_up, linear, put_off
+from stepladder.ops.linear import Put, _products, _products_backward, catch_up, linear, put_off
 
 
 @pytest.mark.parametrize(("x_type", "w_type"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
@@ -55,6 +57,18 @@ def test_several_weights_are_one_product_that_equals_their_own(tokens: int, x_ty
         assert torch.equal(w.grad, dw)
 
 
+def test_torch_holds_the_operators_to_be_well_formed() -> None:
+    ws = [torch.randn(n, 8, requires_grad=True) for n in (3, 5)]
+    for x in (torch.randn(2, 5, 8), torch.randn(5, 2, 8).transpose(0, 1)):
+        torch.library.opcheck(_products, (x.requires_grad_(), ws))
+        torch.library.opcheck(_products_backward, (torch.randn(2, 5, 8), x.detach(), [w.detach() for w in ws]))
+
+
+def test_ranks_are_compared_on_tokens_enough_for_one_product() -> None:
+    """Of one rank; what is divided by dp takes the other way, and gives the same."""
+    assert ROWS * LENGTH >= tiny.WIDTH
+
+
 def test_a_compiled_product_keeps_its_weights_and_no_copy_of_them() -> None:
     """FSDP takes the weights back after the forward pass; a copy would stay."""
     ws, kept = [torch.randn(n, 16, requires_grad=True) for n in (8, 24)], list[Tensor]()
@@ -63,6 +77,15 @@ def test_a_compiled_product_keeps_its_weights_and_no_copy_of_them() -> None:
         f(torch.randn(40, 16), *ws).sum().backward()
     known = {w.data_ptr() for w in ws}
     assert {z.data_ptr() for z in kept if z.shape[-1] == 16 and z.shape[0] != 40} == known
+
+
+def test_a_frozen_weight_among_those_put_off_gets_no_gradient() -> None:
+    learns, frozen = torch.ones(3, 4, requires_grad=True), torch.ones(2, 4)
+    with put_off(later := []):
+        linear(torch.ones(8, 4), learns, frozen).sum().backward()
+    catch_up(later)
+    assert learns.grad is not None
+    assert frozen.grad is None
 
 
 def test_nothing_is_put_off_outside_of_the_pipeline() -> None:
