@@ -35,7 +35,7 @@ HALF: dict[str, tuple[Tiles, ...]] = {
     "forward": (Tiles(64, 4, 2), Tiles(32, 4, 2), Tiles(64, 4, 3)),
     "two": (Tiles(64, 8, 2), Tiles(64, 8, 3)),
     "reverse": (Tiles(64, 4, 3), Tiles(64, 4, 2), Tiles(32, 4, 3)),
-    "inside": (Tiles(64, 4, 2), Tiles(128, 4, 2)),
+    "inside": (Tiles(64, 4, 3), Tiles(64, 4, 2), Tiles(128, 4, 2)),
     "sides": (Tiles(128, 4, 1, 168), Tiles(128, 4, 2, 168), Tiles(128, 4, 1))}
 SINGLE = Tiles(32, 8, 1)               # right, not fast: products of fp32 take three passes
 
@@ -89,21 +89,20 @@ def _walk(S, A, bq, bk, v, g, step, skip, y, states, valid, here, before, last, 
     r, at = tl.arange(0, C), offsets(C, BV, H * V)
     bv = tl.load(v + at, mask=valid[:, None], other=0.0)
     whole, rest, all_whole, all_rest = gate_sums(g, valid, C, H)
-    until = decay(here == last, all_whole - whole, all_rest - rest)
+    wrote = rest                               # a key's step is one more term of its exponents: no more products
     if STEP:
-        dt = tl.load(step + r * H, mask=valid, other=0.0)
-        until *= dt
+        wrote -= tl.log2(tl.load(step + r * H, mask=valid, other=0.0))
     if not ENDS:
         Sb = S.to(bk.dtype)
         if SAVE:
             tl.store(states + offsets(K, BV, V), Sb)
         within = (here[:, None] == here[None, :]) & (r[:, None] >= r[None, :])
-        P = A * decay(within, whole[:, None] - whole[None, :], rest[:, None] - rest[None, :])
-        out = dot(bq, Sb) * decay(here == before, whole, rest)[:, None]
+        P = A * decay(within, whole[:, None] - whole[None, :], rest[:, None] - wrote[None, :])
         if STEP:
-            P *= dt[None, :]
-            out += bv.to(tl.float32) * tl.load(skip)
+            P = tl.where(r[:, None] == r[None, :], P + tl.load(skip), P)
+        out = dot(bq, Sb) * decay(here == before, whole, rest)[:, None]
         tl.store(y + at, dot(P.to(bk.dtype), bv, out).to(bv.dtype), mask=valid[:, None])
+    until = decay(here == last, all_whole - whole, all_rest - wrote)
     keep = decay(last == before, all_whole, all_rest)
     return dot(tl.trans(bk), (bv * until[:, None]).to(bk.dtype), S * keep), keep
 

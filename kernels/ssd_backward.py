@@ -72,6 +72,7 @@ def _inside(q, k, v, g, step, skip, doc, dy, dstates, X, dv, edges, keeps, owed,
     A = dot(bk, tl.trans(tl.load(q + at, mask=valid[:, None], other=0.0)))
     mask = (here[:, None] == here[None, :]) & (r[:, None] <= r[None, :])
     itself = r[:, None] == r[None, :]
+    alone = tl.sum(tl.where(itself, A, 0.0), 1)
     total = tl.zeros([C, C], tl.float32)
     for i in tl.range(0, heads, num_stages=1, disable_licm=True):
         head = (group * parts + part) * heads + i
@@ -89,14 +90,16 @@ def _inside(q, k, v, g, step, skip, doc, dy, dstates, X, dv, edges, keeps, owed,
         dP *= D
         P = A * D
         if STEP:
-            own = tl.where(itself, dP, 0.0)
-            tl.store(dskip + m, tl.sum(own))
-            tl.store(owed + m * ROWS * C + (ROWS - 1) * C + r, tl.sum(own * A, 1))
+            own = tl.sum(tl.where(itself, dP, 0.0), 1)
+            tl.store(dskip + m, tl.sum(own, 0))
+            tl.store(owed + m * ROWS * C + (ROWS - 1) * C + r, own * alone)
             dt = tl.load(step + n + r * H, mask=valid, other=0.0)
             dP_A = tl.where(itself, 0.0, dP * A)
             tl.store(owed + m * ROWS * C + C + r, tl.sum(dP_A, 1))
             tl.store(owed + m * ROWS * C + r, tl.sum(dP_A * dt[:, None], 0))
             total += dP * dt[:, None]
+            P = tl.where(itself, P * dt[:, None] + tl.load(skip + head), P * dt[:, None])
+            until *= dt
         else:
             total += dP
             dP = tl.where(itself, 0.0, dP * A)
@@ -106,8 +109,6 @@ def _inside(q, k, v, g, step, skip, doc, dy, dstates, X, dv, edges, keeps, owed,
         for left in tl.range(0, V, BV, num_stages=STAGES):
             bd = tl.load(dy + n * V + left + vat, mask=valid[:, None], other=0.0)
             dV = dot(P, bd, dot(bk, tl.load(dstates + m * K * V + left + offsets(K, BV, V))) * until[:, None])
-            if STEP:
-                dV = dV * dt[:, None] + bd.to(tl.float32) * tl.load(skip + head)
             tl.store(dv + n * V + left + vat, dV.to(bd.dtype), mask=valid[:, None])
     at = ((b * tl.num_programs(2) + tl.program_id(2)).to(tl.int64) * tl.num_programs(0) + c) * C * C
     tl.store(X + at + offsets(C, C, C), total.to(bk.dtype))
@@ -192,7 +193,7 @@ def _gates(step, keeps, owed, kept, dg, dstep, T, H: tl.constexpr, C: tl.constex
         tl.store(dstep + at, pairs + written + itself, mask=here)
         dt = tl.load(step + at, mask=here, other=0.0)
         pairs *= dt
-        written *= dt
+        written = tl.where(here, written * dt, 0.0)      # a product that is subtracted anew below would not cancel
     read -= pairs
     out = tl.cumsum(read, 1, reverse=True) + (tl.cumsum(written, 1) - written) + same[:, None]
     tl.store(dg + at, out, mask=here)

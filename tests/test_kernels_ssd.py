@@ -12,14 +12,16 @@ from stepladder.kernels import ssd as kernels
 from stepladder.kernels import ssd_backward
 from stepladder.ops import ssd
 
-pytestmark = pytest.mark.usefixtures(poisoned.__name__)
+pytestmark = [pytest.mark.usefixtures(poisoned.__name__),
+              pytest.mark.filterwarnings("ignore:divide by zero")]       # the interpreter's, of the logarithm of a step
 
 C = 16                                         # tokens of a chunk
 GATES = {"0": lambda u: 0 * u, "-1e-3": lambda u: 0 * u - 1e-3, "to -5": lambda u: -5 * u, "-50": lambda u: 0 * u - 50,
          "now and then -50": lambda u: torch.where(u > 0.8, -50.0, -0.01 * u),
          "now and then -inf": lambda u: torch.where(u > 0.8, -torch.inf, -0.01 * u)}
 BEGINS: dict[str, list[int]] = {"nowhere": [], "at the first token": [0], "at the last token": [-1],
-                                "at edges of chunks": [15, 16, 17, 32], "three times in a chunk": [1, 4, 9]}
+                                "at edges of chunks": [15, 16, 17, 32], "three times in a chunk": [1, 4, 9],
+                                "everywhere": [*range(1000)]}
 
 
 def inputs(T: int, gate: str, begins: str, *, G: int = 1, H: int = 2, K: int = 16, V: int = 16, B: int = 1,
@@ -161,7 +163,7 @@ def test_a_compiled_program_has_no_break(steps: bool):
 
 
 def test_the_kernel_is_taken_where_it_runs_and_the_torch_form_elsewhere(monkeypatch: pytest.MonkeyPatch):
-    x = inputs(21, "to -5", "nowhere")
+    x = inputs(21, "to -5", "nowhere", V=48)
     chunked = ssd.chunked(**x)
     assert torch.equal(ssd.mix(**x, dtype=HALF)[0], chunked[0])
     monkeypatch.setattr(ssd, "runs", lambda family, x, dtype, why: family == "ssd" and why is None)
@@ -172,8 +174,9 @@ def test_the_kernel_is_taken_where_it_runs_and_the_torch_form_elsewhere(monkeypa
 
 
 @pytest.mark.parametrize(("sizes", "dtype", "said"), [
-    ({"K": 48}, HALF, "keys of 48 channels"), ({"V": 24}, HALF, "values of 24 channels"),
-    ({}, torch.float64, "torch.float64"), ({}, SINGLE, "torch.float32"), ({}, HALF, None)])
+    ({"K": 48}, HALF, "keys of 48 channels"), ({"V": 72}, HALF, "values of 72 channels"),
+    ({"V": 32}, HALF, "values of 32 channels"), ({}, torch.float64, "torch.float64"), ({}, SINGLE, "torch.float32"),
+    ({"V": 48}, HALF, None)])
 def test_what_the_kernel_does_not_cover_has_a_name(sizes: dict[str, int], dtype: torch.dtype, said: str | None):
     x = inputs(5, "0", "nowhere", **sizes)
     assert ssd.uncovered(x["q"], x["v"], dtype) == said
@@ -191,7 +194,7 @@ def test_kernels_fit_a_hopper_gpu():
 # On a GPU
 
 SIZES = [{"G": 1, "H": 16, "K": 128, "V": 64}, {"G": 4, "H": 4, "K": 128, "V": 128}, {"G": 4, "H": 4, "K": 64, "V": 64},
-         {"G": 2, "H": 4, "K": 128, "V": 256}]
+         {"G": 2, "H": 4, "K": 128, "V": 256}, {"G": 1, "H": 3, "K": 32, "V": 48}]      # tiles of 16 values
 
 
 def large(sizes: dict[str, int], begins: str, T: int = 1000) -> dict[str, Any]:
@@ -200,7 +203,7 @@ def large(sizes: dict[str, int], begins: str, T: int = 1000) -> dict[str, Any]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("begins", ["nowhere", "at edges of chunks"])
+@pytest.mark.parametrize("begins", ["nowhere", "at edges of chunks", "everywhere"])     # there gates reach nothing
 @pytest.mark.parametrize("segments", [1, 5])
 def test_gpu_kernels_equal_the_chunked_form_in_fp64(sizes: dict[str, int], begins: str, segments: int):
     agree(lambda **x: ssd.fused(**x, segments=segments), ssd.chunked, large(sizes, begins), 0.008, y=0.005, S=0.005,
