@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepladder.kernels.tiles import cdiv, power, processors
+from stepladder.kernels.tiles import cdiv, power, processors, sigmoid
 
 TILE = 4096         # elements; a quarter of it where a sum over rows is held besides
 LONGEST = 8192      # channels of a row: a program holds it in registers, with its gate and three gradients
@@ -22,7 +22,7 @@ def _forward(y, scale, gate, out, N, V, eps, R: tl.constexpr, BV: tl.constexpr, 
     at, ok = (row.to(tl.int64) * G + group)[:, None] * V + v[None, :], (row < N)[:, None] & (v < V)[None, :]
     n = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
     g = tl.load(gate + at, mask=ok, other=0.0).to(tl.float32)
-    g *= tl.sigmoid(g)
+    g *= sigmoid(g)
     if FIRST:
         n *= g
     n *= tl.rsqrt(tl.sum(n * n, 1) / V + eps)[:, None]
@@ -44,7 +44,7 @@ def _backward(y, scale, gate, dout, dy, dgate, partial, N, V, eps, TILES, R: tl.
         x = tl.load(y + at, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(gate + at, mask=ok, other=0.0).to(tl.float32)
         d = tl.load(dout + at, mask=ok, other=0.0).to(tl.float32)
-        open = tl.sigmoid(g)
+        open = sigmoid(g)
         slope = open * (1 + g * (1 - open))
         g *= open
         n = x * g if FIRST else x

@@ -89,7 +89,7 @@ def _(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, 
 def _backward(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, sizes: list[int],
               lengths: list[float], head: int, dparts: list[Tensor],
               dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w, before and bias; those of w and bias in fp32."""
+    """Gradients of x, w, before and bias (empty without one); those of w and bias in fp32."""
     dx, dw, dbias, dbefore = kernels.backward(x, w, bias, start, before, sizes, lengths, head, EPS,
                                               [d.contiguous() for d in dparts], dafter.contiguous())
     return dx, dw, dbefore, dbias
@@ -99,7 +99,7 @@ def _backward(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor 
 def _(x: Tensor, w: Tensor, start: Tensor, before: Tensor, bias: Tensor | None, sizes: list[int], lengths: list[float],
       head: int, dparts: list[Tensor], dafter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dw = w.new_empty(w.shape, dtype=torch.float32)
-    return torch.empty_like(x), dw, torch.empty_like(before), dw.new_empty(w.shape[0])
+    return torch.empty_like(x), dw, torch.empty_like(before), dw.new_empty(0 if bias is None else w.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
