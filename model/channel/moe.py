@@ -18,7 +18,7 @@ from stepladder.model.mixer import ChannelMixer, Plan
 from stepladder.model.residual import Pending, Ready, Stats
 from stepladder.ops import experts
 from stepladder.ops.compiled import compiled
-from stepladder.ops.linear import linear, promote
+from stepladder.ops.linear import linear, linears, promote
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Mixer(ChannelMixer):
         shared = None
         if self.spec.shared:
             gated = self.fast(experts.gated)
-            shared = linear(gated(linear(x, self.shared_gate), linear(x, self.shared_up)), self.shared_down)
+            shared = linear(gated(*linears(x, self.shared_gate, self.shared_up)), self.shared_down)
         return self.experts(way.rows.wait(), way.ends), shared
 
     def deliver(self, y: tuple[Tensor, Tensor | None], plan: Plan) -> Pending:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from stepladder.model.config import ModelConfig, Place
 from stepladder.model.leaf import normal
 from stepladder.model.mixer import ChannelMixer
-from stepladder.ops.linear import linear
+from stepladder.ops.linear import linear, linears
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Mixer(ChannelMixer):
         self.weight("down", cfg.width, spec.hidden, tp=1, init=normal(cfg.std / (2 * place.layers) ** 0.5))
 
     def forward(self, x: Tensor, way: None = None) -> Tensor:
-        return linear(F.silu(linear(x, self.gate)) * linear(x, self.up), self.down)
+        gate, up = linears(x, self.gate, self.up)
+        return linear(F.silu(gate) * up, self.down)
 
 
 TINY = [Spec(hidden=64)]

@@ -12,7 +12,7 @@ from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal
 from stepladder.model.mixer import TokenMixer
 from stepladder.ops import attention
-from stepladder.ops.linear import linear, promote
+from stepladder.ops.linear import linear, linears, promote
 from stepladder.ops.norm import rms_norm
 
 
@@ -115,7 +115,7 @@ class Mixer(TokenMixer):
         return angles(ctx.pos / self.spec.rope_scale, self.head_dim, self.spec.theta).to(dtype)
 
     def project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (linear(x, w).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in linears(x, self.wq, self.wk, self.wv))
         if self.spec.qk_norm:
             q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)
         return rotate(q, ctx.table), rotate(k, ctx.table), v

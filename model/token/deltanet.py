@@ -12,7 +12,7 @@ from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal, uniform
 from stepladder.model.mixer import Recurrent
 from stepladder.ops import conv, delta
-from stepladder.ops.linear import linear, promote
+from stepladder.ops.linear import linear, linears, promote
 from stepladder.ops.norm import rms_norm
 
 
@@ -73,11 +73,11 @@ class Mixer(Recurrent):
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
-        qkv = linear(x, self.wq, self.wk, self.wv)
+        qkv, beta = linears(x, (self.wq, self.wk, self.wv), self.wb)
         taps, sizes = torch.cat([self.conv_q, self.conv_k, self.conv_v]), [len(w) for w in (self.wq, self.wk, self.wv)]
         *qkv, before = conv.activated(qkv, taps, ctx.start, state.before, None, sizes, (K**-0.5, 1.0), K)
         q, k, v = (z.unflatten(-1, (-1, n)) for z, n in zip(qkv, (K, K, V), strict=True))
-        beta = promote(linear(x, self.wb)).sigmoid() * (2 if self.spec.negative else 1)
+        beta = promote(beta).sigmoid() * (2 if self.spec.negative else 1)
         y, S = delta.mix(q, k, v, None, beta, ctx.start, state.S, x.dtype)
         return linear(rms_norm(y, self.norm).to(x.dtype).flatten(2), self.wo), State(S, before)
 

@@ -13,7 +13,7 @@ from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal, rates, time_steps, uniform
 from stepladder.model.mixer import Recurrent
 from stepladder.ops import conv, delta
-from stepladder.ops.linear import linear, promote
+from stepladder.ops.linear import linear, linears, promote
 from stepladder.ops.norm import gated_norm
 
 
@@ -86,14 +86,15 @@ class Mixer(Recurrent):
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
-        qkv = linear(x, self.wq, self.wk, self.wv)
+        qkv, ab, gate = linears(x, (self.wq, self.wk, self.wv), (self.wa, self.wb), self.out_gate)
         taps, sizes = torch.cat([self.conv_q, self.conv_k, self.conv_v]), [len(w) for w in (self.wq, self.wk, self.wv)]
         *qkv, before = conv.activated(qkv, taps, ctx.start, state.before, None, sizes, (K**-0.5, 1.0), K)
         q, k, v = (z.unflatten(-1, (-1, n)) for z, n in zip(qkv, (K, K, V), strict=True))
-        g = -self.A_log.exp() * F.softplus(promote(linear(x, self.wa)) + self.dt_bias)  # (B, T, H)
-        beta = promote(linear(x, self.wb)).sigmoid() * (2 if self.spec.negative else 1)
+        a, beta = promote(ab).chunk(2, -1)                                              # (B, T, H)
+        g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
+        beta = beta.sigmoid() * (2 if self.spec.negative else 1)
         y, S = delta.mix(q, k, v, g, beta, ctx.start, state.S, x.dtype)
-        gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
+        gate = gate.unflatten(-1, (-1, V))
         return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), State(S, before)
 
 

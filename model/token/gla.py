@@ -12,7 +12,7 @@ from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal
 from stepladder.model.mixer import Recurrent
 from stepladder.ops import gla
-from stepladder.ops.linear import linear, promote
+from stepladder.ops.linear import linear, linears, promote
 from stepladder.ops.norm import gated_norm
 
 
@@ -70,12 +70,11 @@ class Mixer(Recurrent):
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
-        q, k = (linear(x, w).unflatten(-1, (-1, K)) for w in (self.wq, self.wk))
-        v = linear(x, self.wv).unflatten(-1, (-1, V))
-        g = promote(linear(linear(x, self.gate_down), self.gate_up)) + self.gate_bias
+        q, k, v, gate, g = linears(x, self.wq, self.wk, self.wv, self.out_gate, self.gate_down)
+        q, k, v, gate = (z.unflatten(-1, (-1, n)) for z, n in zip((q, k, v, gate), (K, K, V, V), strict=True))
+        g = promote(linear(g, self.gate_up)) + self.gate_bias
         g = (F.logsigmoid(g) / self.spec.tau).unflatten(-1, (-1, K))
         y, S = gla.mix(q, k, v, g, ctx.start, state.S)
-        gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
         return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), State(S)
 
 

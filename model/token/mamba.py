@@ -13,7 +13,7 @@ from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal, time_steps, uniform
 from stepladder.model.mixer import Recurrent
 from stepladder.ops import conv, scan
-from stepladder.ops.linear import linear, promote
+from stepladder.ops.linear import linear, linears, promote
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Mixer(Recurrent):
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         N, R = self.spec.state, self.wdt.shape[1]
-        z = linear(x, self.wz)
-        v, before = conv.activated(linear(x, self.wx), self.conv_x, ctx.start, state.before, self.bias_x)
+        z, v = linears(x, self.wz, self.wx)
+        v, before = conv.activated(v, self.conv_x, ctx.start, state.before, self.bias_x)
         # What is selected depends on all channels: their ranks' shares are summed here, in the middle of the mixer.
         select = self.comm.total(promote(linear(v.to(x.dtype), self.select)))
         dt, k, q = select.split([R, N, N], -1)

@@ -13,7 +13,7 @@ from stepladder.model.context import Context
 from stepladder.model.leaf import constant, normal, rates, time_steps, uniform
 from stepladder.model.mixer import Recurrent
 from stepladder.ops import conv, ssd
-from stepladder.ops.linear import linear, promote
+from stepladder.ops.linear import linear, linears, promote
 from stepladder.ops.norm import EPS, gated_norm
 
 
@@ -90,14 +90,13 @@ class Mixer(Recurrent):
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
-        z = linear(x, self.wz)
-        xBC = linear(x, self.wx, self.wB, self.wC)
+        z, xBC, dt = linears(x, self.wz, (self.wx, self.wB, self.wC), self.wdt)
         taps, bias = (torch.cat(w) for w in ((self.conv_x, self.conv_B, self.conv_C),
                                              (self.bias_x, self.bias_B, self.bias_C)))
         sizes = [len(w) for w in (self.wx, self.wB, self.wC)]
         v, k, q, before = conv.activated(xBC, taps, ctx.start, state.before, bias, sizes)
         v, k, q = v.unflatten(-1, (-1, V)), k.unflatten(-1, (-1, K)), q.unflatten(-1, (-1, K))
-        dt = F.softplus(promote(linear(x, self.wdt)) + self.dt_bias)                   # (B, T, H)
+        dt = F.softplus(promote(dt) + self.dt_bias)                                    # (B, T, H)
         y, S = ssd.mix(q, k, v, -self.A_log.exp() * dt, ctx.start, state.S, x.dtype, dt, self.skip)
         return linear(self.normed(y.flatten(2), z).to(x.dtype), self.wo), State(S, before)
 

@@ -14,7 +14,7 @@ from stepladder.model.leaf import constant, normal
 from stepladder.model.mixer import Recurrent
 from stepladder.model.token.attention import angles, rotate
 from stepladder.ops import ssd
-from stepladder.ops.linear import linear, promote
+from stepladder.ops.linear import linear, linears, promote
 from stepladder.ops.norm import gated_norm
 
 
@@ -83,16 +83,17 @@ class Mixer(Recurrent):
 
     def mix(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         K, V = self.spec.key_dim, self.spec.value_dim
-        q, k = (promote(linear(x, w)).unflatten(-1, (-1, K)) for w in (self.wq, self.wk))
+        learned = self.spec.decay != "fixed"
+        q, k, v, gate, *g = linears(x, self.wq, self.wk, self.wv, self.out_gate, *([self.gate] if learned else []))
+        q, k, v = (promote(z).unflatten(-1, (-1, n)) for z, n in zip((q, k, v), (K, K, V), strict=True))
         if ctx.table is not None:
             q, k = rotate(q, ctx.table), rotate(k, ctx.table)
-        v = promote(linear(x, self.wv)).unflatten(-1, (-1, V))
-        if self.spec.decay == "fixed":
-            g = self.log_decay.to(v.dtype).expand(v.shape[:3])
+        if learned:
+            g = F.logsigmoid(promote(g[0]) + self.gate_bias) / self.spec.tau
         else:
-            g = F.logsigmoid(promote(linear(x, self.gate)) + self.gate_bias) / self.spec.tau
+            g = self.log_decay.to(v.dtype).expand(v.shape[:3])
         y, S = ssd.mix(q * K**-0.5, k, v, g, ctx.start, state.S, x.dtype)
-        gate = linear(x, self.out_gate).unflatten(-1, (-1, V))
+        gate = gate.unflatten(-1, (-1, V))
         return linear(gated_norm(y, self.norm, gate).flatten(2), self.wo), State(S)
 
 
