@@ -65,8 +65,8 @@ def delta() -> None:
 
 
 def ssd() -> None:
-    """Mamba-2 of one group of 64 heads, 128 x 64, a row in segments, and of heads in three tiles of values. Retention of
-    16 heads, 128 x 128 and 64 x 64."""
+    """Mamba-2 of one group of 64 heads, 128 x 64, a row in segments, and of heads in three tiles of values. Retention
+    of 16 heads, 128 x 128 and 64 x 64."""
     for B, G, H, K, V in ((1, 1, 64, 128, 64), (1, 1, 8, 32, 48), (4, 16, 16, 128, 128), (16, 16, 16, 64, 64)):
         q, v = torch.empty(B, 4000, G, K, dtype=BF16), torch.empty(B, 4000, H, V, dtype=BF16)
         g, doc, S = torch.empty(B, 4000, H), torch.empty(B, 4000, dtype=torch.int32), torch.empty(B, H, K, V)
