@@ -192,7 +192,8 @@ def _slopes(seen, reach, flow, sums, inputs, slopes, taps, shift, start, dafter,
             out += tl.load(dafter + rows, mask=last, other=0.0).to(tl.float32)
             mine = (of >= t) & (of < t + span) & (of < T) & ok
             rows = (b * (W - 1) + of + W - 1) * C + c[None, :]
-            tl.store(dbefore + rows, out.to(dbefore.dtype.element_ty), mask=(of < 0) & ok)
+            first = (t == 0) & (of < 0) & ok           # a span after it sees a part of what these are owed
+            tl.store(dbefore + rows, out.to(dbefore.dtype.element_ty), mask=first)
         tl.store(dx + (b * T + of) * C + c[None, :], out.to(dx.dtype.element_ty), mask=mine)
     return seen, reach, flow, sums
 

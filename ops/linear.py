@@ -136,7 +136,7 @@ def _(gs: Any, x: Sequence[int], ws: Sequence[Sequence[int]], *_: Any, **__: Any
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x (..., I), w (O, I) -> (..., O) in x's dtype; fp32 master weights are cast here, and only here."""
+    """x (..., I), w (O, I) -> (..., O) in x's dtype; fp32 master weights are cast in this file, and nowhere else."""
     later = _postponed(x, (w,))
     return F.linear(x, w) if later is None and w.dtype == x.dtype else _Product.apply(x, later, w)  # pyright: ignore
 

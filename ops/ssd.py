@@ -3,7 +3,8 @@
     S_t = exp(g_t) S_{t-1} + dt_t k_t v_t^T,   y_t = q_t S_t + D v_t
 
 Shapes: q, k (B, T, G, K), each for H / G neighbouring heads; v, y (B, T, H, V); g (B, T, H) <= 0; S (B, H, K, V);
-dt (B, T, H) and D (H,), which are given both or neither: 1 and 0;
+dt (B, T, H) >= 0 and D (H,), which are given both or neither: 1 and 0; below 0 the kernel, which takes logarithms of
+steps, gives NaN. It rounds D to the type of q, as weights of products are;
 start (B, T) bool, true where a document begins and the state is emptied. Computed in the dtype of q; callers promote.
 """
 from __future__ import annotations

@@ -58,10 +58,20 @@ def test_a_filter_of_one_tap_has_no_state(poisoned: None) -> None:
     agree(*(lambda f=f, **x: (f(**x, **held)[0],) for f in both()), made, 1e-5)
 
 
-def test_spans_of_a_long_row_join(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+@pytest.mark.parametrize(("T", "begins"), [(67, [4, 6, 18, 40]), (64, [])], ids=["borders", "none"])
+def test_spans_of_a_long_row_join(T: int, begins: list[int], monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    """Those are long enough for groups of tokens that are near no end of anything."""
     for table in (conv.kernels.FORWARD, conv.kernels.BACKWARD):
-        monkeypatch.setitem(table, "conv", ((64, 4, 1),))      # two spans of 4 tokens a program
-    agree(*both((32, 16), (1.0,), 32), inputs(19, 48, 4, [4, 6, 18], B=1), 1e-5)
+        monkeypatch.setitem(table, "conv", ((64, 16, 1),))     # two spans of 16 tokens a program
+    agree(*both((32, 16), (1.0,), 32), inputs(T, 48, 4, begins, B=1, bias=T == 64), 1e-5)
+
+
+@pytest.mark.parametrize("W", [4, 6, 8])
+def test_what_is_before_a_row_is_owed_by_its_first_span_alone(W: int, monkeypatch: pytest.MonkeyPatch,
+                                                              poisoned: None) -> None:
+    """Of fewer tokens than the filter reaches back: the second span meets them as well."""
+    monkeypatch.setitem(conv.kernels.BACKWARD, "conv", ((8, 4, 1),))
+    agree(*both(), inputs(12, 8, W, [], B=1), 1e-5)
 
 
 def test_nan_stays_in_its_document() -> None:
@@ -116,9 +126,11 @@ def test_parts_that_do_not_add_up_are_refused() -> None:
         conv.activated(**made | {"before": made["before"][:, 1:]})
 
 
-def test_the_op_says_what_it_does_and_traces_without_a_break() -> None:
-    made = inputs(2, 8, 4, [1], B=1)
-    args = (*(z.requires_grad_() if z.is_floating_point() else z for z in made.values()), [4, 4], [1.0, 0.0], 4)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+def test_the_op_says_what_it_does_and_traces_without_a_break(bias: bool) -> None:
+    made = inputs(2, 8, 4, [1], B=1, bias=bias)
+    args = (*(z.requires_grad_() if z.is_floating_point() else z for z in made.values()), *[None] * (not bias), [4, 4],
+            [1.0, 0.0], 4)
     torch.library.opcheck(conv.fused, args)
     torch.library.opcheck(conv._backward, (*(z.detach() if isinstance(z, Tensor) else z for z in args),
                                            [torch.ones(1, 2, 4)] * 2, torch.ones(1, 3, 8)))
@@ -147,8 +159,9 @@ def real(C: int, tokens: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("sizes", "lengths", "head"), [
     GATED, ((1024, 1024, 1024), (1.0, 1.0), 64), ((1536, 1536, 3072), (1.0, 1.0), 256), ((4096, 128, 128), (), 1)])
 def test_on_a_gpu_the_prologue_is_the_torch_form_in_fp64_at_real_sizes(
-        sizes: tuple[int, ...], lengths: tuple[float, ...], head: int) -> None:
-    for T in (1, 2047):
+        sizes: tuple[int, ...], lengths: tuple[float, ...], head: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for T, many in ((1, 132), (2047, 132), (2047, 1)):           # 1: spans as long as those of large batches
+        monkeypatch.setattr(conv.kernels, "processors", lambda x, many=many: many)
         agree(*both(sizes, lengths, head), real(sum(sizes), T), 5e-3, dx=8e-3, dbefore=8e-3, dw=8e-3, dbias=8e-3)
 
 
