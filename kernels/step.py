@@ -22,7 +22,8 @@ def _matrix(q, k, v, g, beta, start, S, y, H, V, scale, q_row, k_row, v_row, g_r
     row, head = (nth // H).to(tl.int64), nth % H
     at = nth.to(tl.int64) * K * V + i[:, None] * V + c[None, :]
     ok = (i < K)[:, None] & (c < V)[None, :]
-    s = tl.load(S + at, mask=ok, other=0.0)
+    # Of a large batch states are more than the L2 cache holds, and do not wait in it: 51 -> 49 us of 64 rows (H100).
+    s = tl.load(S + at, mask=ok, other=0.0, eviction_policy="evict_first")
     # Whether a document begins decides what is used, not what is loaded: the load would wait for the answer.
     s = tl.where(tl.load(start + row * start_row) != 0, 0.0, s)
     shared = head // SHARE * K + i
@@ -42,7 +43,7 @@ def _matrix(q, k, v, g, beta, start, S, y, H, V, scale, q_row, k_row, v_row, g_r
     else:
         s += kt * vt[None, :]
         out = tl.sum(qt * s, 0)
-    tl.store(S + at, s, mask=ok)
+    tl.store(S + at, s, mask=ok, eviction_policy="evict_first")
     tl.store(y + nth.to(tl.int64) * V + c, out.to(y.dtype.element_ty), mask=c < V)
 
 
