@@ -21,7 +21,8 @@ from torch import Tensor
 from stepladder.kernels.tiles import cdiv, power, processors, sigmoid
 
 # Elements of a step, tokens of a span, at most, and warps; the first runs. What a span begins and ends with costs two
-# groups of tokens twice their time, so long spans are better where there are programs enough.
+# groups of tokens twice their time, so long spans are better where there are programs enough. _borders has bits for
+# spans of some 240.
 FORWARD: dict[str, tuple[tuple[int, int, int], ...]] = {
     "conv": ((512, 64, 4), (512, 32, 4), (1024, 32, 4))}
 BACKWARD: dict[str, tuple[tuple[int, int, int], ...]] = {
