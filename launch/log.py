@@ -1,6 +1,7 @@
 """What a run says: RUN/metrics.jsonl with one object a step, TensorBoard, and a console line that a person can read."""
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ TAGS = {
 LAYERS = {"load": "router/load", "entropy": "router/entropy"}    # lists: one value a MoE layer
 
 
+FLUSH = 10      # seconds until TensorBoard's thread writes, and finds that it cannot; its own 120 outlast short runs
+
+
 class Log:
     """The log of one run, for every rank to call; only the `main` one writes.
 
@@ -36,12 +41,13 @@ class Log:
         self.main, self.total, self.every = main, total_steps, every
         self.tty = main and sys.stdout.isatty()
         self.resumed = step > 0
-        self.full = False                                          # the disk was, at the last record
+        self.full: set[Path] = set()                               # what could not be written at the last record
         self.open = False                                          # the cursor stands behind a progress line
         self.seen: deque[tuple[int, float]] = deque(maxlen=50)     # (step, time), for the time left
         self.board = None
         if not main:
             return
+        self.run = run
         run.mkdir(parents=True, exist_ok=True)
         _rewind(run / "metrics.jsonl", step)
         self.file = open(run / "metrics.jsonl", "a", buffering=1, encoding="utf-8")    # noqa: SIM115 closed by close()
@@ -51,7 +57,7 @@ class Log:
                       f"brings it, and metrics.jsonl and stepladder plot work without it")
         else:
             try:
-                self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+                self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, flush_secs=FLUSH)
             except OSError as error:
                 self.note(f"no TensorBoard logs: {error}; the run goes on without, and so does metrics.jsonl")
 
@@ -93,16 +99,23 @@ class Log:
 
     def _write(self, record: dict[str, Any]) -> None:
         """A full disk costs records, never the run."""
-        try:
+        with self._lossy(self.run / "metrics.jsonl"):
             self.file.write(json.dumps(record, allow_nan=False) + "\n")
-            if self.board:
+        if self.board:
+            with self._lossy(self.run / "tensorboard"):
                 for tag, value in _scalars(record):
                     self.board.add_scalar(tag, value, record["step"])
-            self.full = False
+
+    @contextlib.contextmanager
+    def _lossy(self, path: Path) -> Iterator[None]:
+        """Say once that `path` cannot be written, until it can be again."""
+        try:
+            yield
+            self.full.discard(path)
         except OSError as error:
-            if not self.full:
-                self.note(f"metrics cannot be written, the run goes on: {error}")
-            self.full = True
+            if path not in self.full:
+                self.note(f"{path} cannot be written ({error}); training goes on without its records")
+            self.full.add(path)
 
     def _print(self, record: dict[str, Any]) -> None:
         step, kept = record["step"], "eval_loss" in record    # a line that the next one does not replace
