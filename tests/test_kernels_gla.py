@@ -171,13 +171,13 @@ def test_mixing_scales_queries_whichever_form_runs(takes: bool, monkeypatch: pyt
     agree(gla.mix, lambda q, **rest: gla.recurrent(q * 16**-0.5, **rest), x, BAR[SINGLE])
 
 
-def test_fp32_takes_the_torch_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_and_keys_of_16_take_the_torch_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several sizes the compilers make wrong code, which tests/hazards.py finds; of 16 x 16 gradients were wrong."""
     said: list[list[str | None]] = []
     monkeypatch.setattr(gla, "runs", lambda *args: said.append([*args[3:]]))
-    for dtype in (SINGLE, HALF):
-        gla.mix(**inputs(5, dtype=dtype))
-    assert [any(why) for why in said] == [True, False]
+    for dtype, K in ((SINGLE, 32), (HALF, 32), (HALF, 16)):
+        gla.mix(**inputs(5, K=K, dtype=dtype))
+    assert [any(why) for why in said] == [True, False, True]
 
 
 def test_every_launch_compiles_for_hopper_within_its_registers() -> None:
