@@ -6,9 +6,10 @@ QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 # On a GPU machine the Python that has torch is used as it is, and the checkout without being installed.
 GPU_PYTHON ?= python3
+TRITON ?= 3.6.0
 BARE := PYTHONPATH=.src PYTHONSAFEPATH=1 $(GPU_PYTHON)
 
-.PHONY: help venv demo test deepspeed-test parity soak lint types gpu-test random-cases bench clean
+.PHONY: help venv demo test deepspeed-test parity soak lint types gpu-test hazards random-cases bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +40,11 @@ types: .venv/done  ## pyright
 
 gpu-test:  ## the tests that need a GPU, with $GPU_PYTHON (python3) as it is
 	$(BARE) -m pytest -m gpu $$(grep -l mark.gpu tests/*.py)
+
+# CI compiles by the Triton that goes with constraints.txt; the code of another version differs, and what is wrong in it.
+hazards: .venv/done  ## what compilers get wrong in the kernels, of all head sizes, by $TRITON (3.6.0): ten minutes, no GPU
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .venv/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=.venv/triton-$(TRITON):.src:tests PYTHONSAFEPATH=1 $(BIN)/python tests/aot.py
 
 random-cases:  ## 10,000 random small cases of the kernels against fp64, on a GPU machine, with $GPU_PYTHON as it is
 	PYTHONPATH=.src:tests PYTHONSAFEPATH=1 $(GPU_PYTHON) tests/random_cases.py

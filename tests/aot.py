@@ -1,6 +1,7 @@
 """What kernels become on a Hopper GPU, without one: the launches of a function, compiled ahead of time.
 
     python tests/aot.py FAMILY     prints a line of JSON for each kernel that tests/aot_cases.py launches
+    make hazards                   all families, by the Triton of GPU machines, and only what compilers get wrong
 
 It runs the very launch code of kernels/ on CPU tensors: triton is told that the device is an H100, and that it should
 compile and not start. Not under TRITON_INTERPRET.
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import isfunction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,10 +82,25 @@ def measure(name: str, said: dict[str, Any], made: Any) -> Compiled:
                     hazards.hazards(made.asm["ttgir"], code))
 
 
+def search(cases: dict[str, Callable[[], None]]) -> int:
+    """Say what compilers get wrong in any of the cases."""
+    print(f"triton {triton.__version__}", flush=True)
+    wrong = 0
+    for name, launch in cases.items():
+        with compiling() as found:
+            launch()
+        bad = {f"{one.kernel}({one.constants}): {why}" for one in found for why in one.hazards}
+        print(f"{name}: {len(found)} launches", *sorted(bad), sep="\n  ", flush=True)
+        wrong += len(bad)
+    return int(wrong > 0)
+
+
 if __name__ == "__main__":
     from importlib import import_module
-    cases = import_module("aot_cases")
-    with compiling() as found:
-        getattr(cases, sys.argv[1])()
-    for one in found:
-        print(json.dumps(one._asdict()))
+    families = {n: f for n, f in vars(import_module("aot_cases")).items() if isfunction(f) and not n.startswith("_")}
+    if len(sys.argv) == 1:
+        sys.exit(search(families))
+    with compiling() as made:
+        families[sys.argv[1]]()
+    for launched in made:
+        print(json.dumps(launched._asdict()))

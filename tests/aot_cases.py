@@ -1,5 +1,8 @@
-"""The launches of every shape that a kernel family ships for; tests/aot.py compiles them. A family is a function."""
+"""The launches of the shapes that a kernel family ships for; tests/aot.py compiles them. A family is a function; those
+of all sizes of heads, which take minutes to compile, are for `make hazards`."""
 from __future__ import annotations
+
+from itertools import product
 
 import torch
 
@@ -14,6 +17,8 @@ from stepladder.kernels import scan as scan_kernels
 from stepladder.kernels import ssd as ssd_kernels
 from stepladder.kernels import ssd_backward as ssd_backward_kernels
 from stepladder.kernels import step as step_kernels
+from stepladder.ops import delta as delta_ops
+from stepladder.ops import gla as gla_ops
 
 BF16 = torch.bfloat16
 
@@ -58,21 +63,43 @@ def delta() -> None:
     """16 heads of each size, some with gates and some with an end to fill; one row in segments."""
     for K, V, T, gated, length in ((64, 64, 4096, False, 99), (128, 32, 4096, False, 99), (128, 128, 4096, True, 16),
                                    (128, 256, 4000, True, 99), (256, 256, 4000, False, 99)):
-        q, v = torch.empty(1, T, 16, K, dtype=BF16), torch.empty(1, T, 16, V, dtype=BF16)
-        beta, doc, S = torch.empty(1, T, 16), torch.empty(1, T, dtype=torch.int32), torch.empty(1, 16, K, V)
-        saved = delta_kernels.forward(q, q, v, beta if gated else None, beta, doc, S, True, 64, length)[2:]
-        delta_backward_kernels.backward(q, q, beta if gated else None, beta, doc, *saved, v, S, length)
+        _delta(K, V, T, gated, length)
+
+
+def delta_sizes() -> None:
+    """Whatever runs by these kernels."""
+    for K, V, gated in product(delta_ops.SIZES, delta_ops.SIZES, (False, True)):
+        for T, length in ((250, 99), (4096, 16)):
+            _delta(K, V, T, gated, length, H=2)
+
+
+def _delta(K: int, V: int, T: int, gated: bool, length: int, H: int = 16) -> None:
+    q, v = torch.empty(1, T, H, K, dtype=BF16), torch.empty(1, T, H, V, dtype=BF16)
+    beta, doc, S = torch.empty(1, T, H), torch.empty(1, T, dtype=torch.int32), torch.empty(1, H, K, V)
+    saved = delta_kernels.forward(q, q, v, beta if gated else None, beta, doc, S, True, 64, length)[2:]
+    delta_backward_kernels.backward(q, q, beta if gated else None, beta, doc, *saved, v, S, length)
 
 
 def ssd() -> None:
     """Mamba-2 of one group of 64 heads, 128 x 64, a row in segments, and of heads in three tiles of values. Retention
     of 16 heads, 128 x 128 and 64 x 64."""
     for B, G, H, K, V in ((1, 1, 64, 128, 64), (1, 1, 8, 32, 48), (4, 16, 16, 128, 128), (16, 16, 16, 64, 64)):
-        q, v = torch.empty(B, 4000, G, K, dtype=BF16), torch.empty(B, 4000, H, V, dtype=BF16)
-        g, doc, S = torch.empty(B, 4000, H), torch.empty(B, 4000, dtype=torch.int32), torch.empty(B, H, K, V)
-        more = (g, torch.empty(H)) if G == 1 else (None, None)
-        states = ssd_kernels.forward(q, q, v, g, *more, doc, S, True)[2]
-        ssd_backward_kernels.backward(q, q, v, g, *more, doc, states, v, S)
+        _ssd(B, G, H, K, V, 4000, G == 1)
+
+
+def ssd_sizes() -> None:
+    """Whatever runs by these kernels, as far as it differs: tiles of values, and how many of them."""
+    for K, V, steps in product((16, 32, 64, 128), (48, 64, 80, 96, 128, 256), (False, True)):
+        for H in (1, 2):
+            _ssd(1, 1, H, K, V, 250, steps)
+
+
+def _ssd(B: int, G: int, H: int, K: int, V: int, T: int, steps: bool) -> None:
+    q, v = torch.empty(B, T, G, K, dtype=BF16), torch.empty(B, T, H, V, dtype=BF16)
+    g, doc, S = torch.empty(B, T, H), torch.empty(B, T, dtype=torch.int32), torch.empty(B, H, K, V)
+    more = (g, torch.empty(H)) if steps else (None, None)
+    states = ssd_kernels.forward(q, q, v, g, *more, doc, S, True)[2]
+    ssd_backward_kernels.backward(q, q, v, g, *more, doc, states, v, S)
 
 
 def scan() -> None:
@@ -86,7 +113,18 @@ def scan() -> None:
 
 def gla() -> None:
     """16 heads of 128 with gates in fp32, which take most."""
-    q, g, doc = torch.empty(1, 256, 16, 128, dtype=BF16), torch.empty(1, 256, 16, 128), torch.empty(1, 256)
-    S = torch.empty(1, 16, 128, 128)
-    y, S, *saved = gla_kernels.forward(q, q, q, g, doc.int(), S, 1.0, True)
-    gla_backward_kernels.backward(q, q, q, g, doc.int(), *saved, y, S, 1.0)
+    _gla(128, 128, 256, 16)
+
+
+def gla_sizes() -> None:
+    """Whatever runs by these kernels."""
+    for K, V in product(gla_ops.KEYS, gla_ops.VALUES):
+        for T, H in ((250, 4), (8192, 1)):
+            _gla(K, V, T, H)
+
+
+def _gla(K: int, V: int, T: int, H: int) -> None:
+    q, v, g = torch.empty(1, T, H, K, dtype=BF16), torch.empty(1, T, H, V, dtype=BF16), torch.empty(1, T, H, K)
+    doc, S = torch.empty(1, T, dtype=torch.int32), torch.empty(1, H, K, V)
+    y, S, *saved = gla_kernels.forward(q, q, v, g, doc, S, 1.0, True)
+    gla_backward_kernels.backward(q, q, v, g, doc, *saved, y, S, 1.0)
