@@ -42,7 +42,7 @@ gpu-test:  ## the tests that need a GPU, with $GPU_PYTHON (python3) as it is
 	$(BARE) -m pytest -m gpu $$(grep -l mark.gpu tests/*.py)
 
 # CI compiles by the Triton that goes with constraints.txt; the code of another version differs, and what is wrong in it.
-hazards: .venv/done  ## what compilers get wrong in the kernels, of all head sizes, by $TRITON (3.6.0): ten minutes, no GPU
+hazards: .venv/done  ## what compilers get wrong in the kernels, of all head sizes, by $TRITON (3.6.0): half an hour, no GPU
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .venv/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=.venv/triton-$(TRITON):.src:tests PYTHONSAFEPATH=1 $(BIN)/python tests/aot.py
 
