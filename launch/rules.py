@@ -90,7 +90,7 @@ def _tensor(run: Run, world: int) -> None:
 def _copies(run: Run, world: int) -> None:
     p, way_out = run.parallel, "set parallel.copies = false"
     if p.copies and p.tp == p.ep == 1:
-        raise ConfigError(f"parallel.copies = true moves the sums of tensor and the rows of expert parallelism, but "
+        raise ConfigError(f"parallel.copies = true moves the sums of tensor and the tokens of expert parallelism, but "
                           f"parallel.tp = 1 and parallel.ep = 1; {way_out} or raise one of them")
     if p.copies and derived(run, world).device == "cpu":
         raise ConfigError(f"parallel.copies = true copies from GPU to GPU, but this run is on the CPU; {way_out}")
@@ -228,7 +228,7 @@ def _graph(run: Run, world: int) -> None:
         raise ConfigError(f"train.graph = true records a pass from end to end, but parallel.pp = {p.pp}; {way_out} or "
                           "parallel.pp = 1")
     if p.ep > 1:
-        raise ConfigError(f"parallel.ep = {p.ep} reads on the host how many rows go where, which train.graph = true "
+        raise ConfigError(f"parallel.ep = {p.ep} reads on the host how many tokens go where, which train.graph = true "
                           f"cannot record; {way_out} or parallel.ep = 1")
     if p.offload or (p.shard and (dp > 1 or (moe and p.tp > 1))):
         raise ConfigError(f"train.graph = true with parallel.shard = true: FSDP moves weights while a pass runs, which "

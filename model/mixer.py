@@ -78,7 +78,7 @@ class ChannelMixer(Leaf):
         return None
 
     def plan(self, x: Pending, route: tuple[Tensor, ...], foreseen: Any = None) -> Plan:
-        """Routing alone, and the rows' departure; dense mixers hand `route` on."""
+        """Routing alone, and the tokens' departure; dense mixers hand `route` on."""
         return Plan(route)
 
     @abstractmethod

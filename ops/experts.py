@@ -1,8 +1,9 @@
-"""Rows to experts and back, and the experts' own products: one loop to define them, grouped_mm to be fast."""
+"""Who chooses which expert and where that is, and the experts' own products: one loop to define them, grouped_mm to
+be fast."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,27 +12,6 @@ from torch.nn import functional as F
 from stepladder.ops.attach import attach
 from stepladder.ops.kernels import say
 from stepladder.ops.linear import linear, promote
-
-
-class _Rows(torch.autograd.Function):
-    """x[order // k]; backward gathers too, where indexing's own backward would add with atomics or sort again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.k = k
-        return x.index_select(0, order // k if k > 1 else order)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
-        (inverse,) = ctx.saved_tensors
-        g = g.index_select(0, inverse)
-        return g.unflatten(0, (-1, ctx.k)).sum(1) if ctx.k > 1 else g, None, None, None
-
-
-def permute(x: Tensor, order: Tensor, inverse: Tensor, k: int = 1) -> Tensor:
-    """x (N, D) -> (N k, D), row i being x[order[i] // k]; order is a permutation of N k and inverse its inverse."""
-    return _Rows.apply(x, order, inverse, k)  # pyright: ignore[reportReturnType]
 
 
 def invert(order: Tensor) -> Tensor:
@@ -45,36 +25,50 @@ def count(ids: Tensor, experts: int) -> Tensor:
     return (ids.unsqueeze(-1) == torch.arange(experts, device=ids.device)).sum(-2)
 
 
-def sort(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The stable order of ids (N,) below `experts`, and its inverse. A sort passes over each byte of its keys."""
-    order = ids.to(torch.uint8 if experts <= 256 else torch.int16).argsort(stable=True)
-    return order, invert(order)
-
-
-def send(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., D), ids (N, k) below `experts` -> a row (N k, D) for each choice, sorted by expert; the order, its
-    inverse."""
-    order, inverse = sort(ids.flatten(), experts)
-    return permute(x.flatten(0, -2), order, inverse, ids.shape[-1]), order, inverse
-
-
 class Sorted(NamedTuple):
-    order: Tensor          # (N,) that sorts rows by expert
-    inverse: Tensor        # (N,)
-    ends: Tensor           # (E,) where each expert's rows end, sorted
+    order: Tensor          # (N k,) choices by expert, then by token
+    inverse: Tensor        # (N k,) where each choice is in that order
+    ends: Tensor           # (E,) where each expert's choices end in it
 
 
-def regroup(counts: Tensor, device: torch.device) -> Sorted:
-    """counts (R, E), on the host: rows have come from R ranks one after the other, each rank's sorted by expert.
+def sort(ids: Tensor, experts: int) -> Sorted:
+    """ids (N, k); those that are `experts` are of none, and come last. A sort passes over each byte of its keys."""
+    keys = ids.flatten().to(torch.uint8 if experts < 256 else torch.int16)
+    keys, order = keys.sort(stable=True)
+    each = torch.arange(experts, dtype=keys.dtype, device=keys.device)
+    return Sorted(order, invert(order), torch.searchsorted(keys, each, right=True))
 
-    Without a sort: what one rank sent to one expert stays together, and where that goes is known from the counts.
+
+class Tour(NamedTuple):
+    """Tokens of n ranks, N of each, on their way: a token goes to a rank once, whichever of its experts live there."""
+    at: Tensor             # (N, n) where it is among all those that go; n N: it does not
+    sent: Tensor           # (n N,) which tokens go, those to rank 0 first; the rest means nothing
+    came: Tensor           # (n N,) which of all ranks' tokens come here, those of rank 0 first; the rest means nothing
+    ids: Tensor            # (n N, k) of all ranks' tokens, among this rank's experts; equal to their number: another's
+    known: Tensor          # (2 n + 1,) how many go to each rank, come from each rank, and are chosen here in all
+
+
+def tour(ids: Tensor, rank: int, experts: int, apart: bool = False) -> Tour:
+    """ids (n, N, k): every rank's choices. `experts`: those of a rank, which has the `rank`-th of them. apart: `at`
+    leaves room for all tokens on each rank.
+
+    Few calls, for each costs the host as much as the device: what goes and what comes is found together.
     """
-    came = counts.flatten().cumsum(0).view_as(counts).t().flatten()       # (E R,) where a piece ended as it came
-    ends = counts.t().flatten().cumsum(0)                                  # and where it ends when all are sorted
-    known, at = torch.stack([ends, came - ends]), torch.arange(int(ends[-1]), device=device)
-    ends, away = (known.pin_memory() if device.type == "cuda" else known).to(device, non_blocking=True)
-    order = at + away.index_select(0, torch.searchsorted(ends, at, right=True))
-    return Sorted(order, invert(order), ends[counts.shape[0] - 1::counts.shape[0]])
+    n, N, k = ids.shape
+    owner, ranks, all_of_them = ids // experts, torch.arange(n, device=ids.device), n * N
+    here = owner == rank
+    visits = torch.stack([owner[rank] == ranks[:, None, None], here]).any(-1)             # (2, n, N) going, coming
+    many = visits.sum(2)
+    at = visits.flatten(1).cumsum(1) - 1
+    at = torch.where(visits.flatten(1), at, all_of_them)
+    # Nonzero would wait for the device.
+    lists = at.new_empty(2, all_of_them + 1).scatter_(1, at, torch.arange(all_of_them, device=at.device).expand(2, -1))
+    at, (sent, came) = at[0].view(n, N), lists[:, :-1]
+    if apart:
+        at = torch.where(visits[0], at + (ranks * N + many[0] - many[0].cumsum(0)).unsqueeze(1), all_of_them)
+    local = torch.where(here, ids - rank * experts, experts)
+    known = torch.cat([many.flatten(), here.sum().view(1)])
+    return Tour(at.t().contiguous(), sent % N, came, local.view(-1, k), known)
 
 
 class Scores(NamedTuple):
@@ -131,12 +125,6 @@ def imbalance(probs: Tensor, counts: Tensor) -> Tensor:
     """
     f = counts * (counts.shape[-1] / counts.sum(-1, keepdim=True))
     return (f.unsqueeze(1) * probs).sum()
-
-
-def weigh(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
-    """rows (N k, D) as they were sent, weights (N, k) -> (N, D): each token's rows, weighed and summed."""
-    rows = permute(rows, inverse, order).unflatten(0, weights.shape)
-    return (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(1)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Families whose GPU tests have passed on a GPU. Others run only where a test or a bench calls them by name.
-SEEN = frozenset({"conv", "delta", "gla", "norm", "parts", "scan", "ssd", "step"})
+SEEN = frozenset({"conv", "delta", "gla", "norm", "parts", "rows", "scan", "ssd", "step"})
 TRITON = find_spec("triton") is not None        # it comes with torch for CUDA, but not on every system
 
 

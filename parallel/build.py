@@ -110,7 +110,7 @@ def _choose(decoder: Decoder, recompute: str, compiled: bool) -> None:
 
 
 def connect(decoder: Decoder, mesh: Mesh, rows: Rows | None) -> None:
-    """Give every sublayer its way to the other ranks. rows: how they travel to experts, if not by NCCL."""
+    """Give every sublayer its way to the other ranks. rows: how tokens travel to experts, if not by NCCL."""
     if mesh.tp * mesh.ep == 1:
         return
     lanes = Lanes(mesh.device)

@@ -3,14 +3,14 @@ and slow the products beside them by 5 % (two H200, an all-reduce of 32 MiB); it
 product's one wave two and of attention's backward pass half as much again, and are three times as slow beside it.
 
 A rank writes its parts into the memory of the ranks that add them, straight from where they lie; a sum is pulled from
-the rank that formed it. Only the additions and the meetings are kernels, and few: each waits for multiprocessors that
+the rank that formed it. Only additions, gathers and meetings are kernels, and few: each waits for multiprocessors that
 products hold, up to 50 us at a time, whatever its priority. Within one machine, over peer-to-peer links.
 """
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -113,90 +113,91 @@ class Copies:
         self.handle = symmetric.rendezvous(self.memory[-1], self.group)
 
 
-class Shares(NamedTuple):
-    """Of a rank's rows, what is whose."""
-    sizes: list[int]       # rows for each rank, the first for rank 0
-    begins: list[int]      # where they begin among all those for that rank, the first from rank 0
-
-
 class Rows:
-    """Rows to the ranks of `group` that they are for and back, uneven: send() and take() there, fetch() home. In each
-    direction one after the other, on a stream of its own: what goes home waits for mixers.
+    """Tokens to the ranks of `group` and back, uneven: there() and home(). In each direction one after the other, on a
+    stream of its own: what goes home waits for mixers.
 
-    By turns one meeting each way, which also tells that the boxes of the other way are free: who comes to fetch()'s has
-    taken its rows, who comes to the next send()'s has read every outbox. A meeting of take()'s own waited for the
-    slowest rank while the experts began: its kernel keeps a multiprocessor from their first product.
-      inbox    written by all before the meeting in send(), read by its owner in take() before that in fetch()
-      outbox   written by its owner before the meeting in fetch(), read by all before that in send()
+    By turns one meeting each way, which also tells that the boxes of the other way are free: who comes to home()'s has
+    taken what was for it, who comes to the next there()'s has added up what came home.
+      outbox   there(): written by its owner, read by all after the meeting and before that in home()
+      inbox    home(): written by all before the meeting, read by its owner when the result lands, before there()'s next
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self.group, self.device = group, device
         self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.others = [(self.rank + i) % self.n for i in range(1, self.n)]
-        self.there, self.home = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
+        self.out, self.back = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
         self.lines = [torch.cuda.Stream(device, priority=-1) for _ in range(min(self.n, 4) - 1)]
-        self.size, self.last, self.sent = 0, "", False
-        self.came = self.taken = self.fetched = self.home.record_event()
+        self.size, self.last, self.flying = 0, "", False
+        self.came = self.landed = self.returned = self.back.record_event()
 
-    def room(self, size: int) -> None:
-        """Every rank's boxes hold `size` bytes. Collective where they grow, with the same size on every rank."""
-        if size > self.size:
+    def room(self, x: Tensor) -> None:
+        """Two boxes that hold x (N, D) once for each rank: 2 n N D numbers. Collective where they grow: x has one shape
+        on all ranks."""
+        assert not self.flying, "what came home has not landed, and its box would be given back"
+        if x.nbytes > self.size:
             if self.size:                                           # which others may still be reading
-                with torch.cuda.stream(self.home):
-                    self.home.wait_event(self.taken)
+                with torch.cuda.stream(self.back):
+                    self.back.wait_event(self.came)
                     self._meet(2)
             torch.cuda.synchronize(self.device)
-            self.size = -(-size * 5 // 4 // 4096) * 4096            # the next rows are seldom as many
-            self.memory = symmetric.empty(2 * self.size, dtype=torch.uint8, device=self.device)
+            self.size = -(-x.nbytes // 4096) * 4096
+            self.memory = symmetric.empty(2 * self.n * self.size, dtype=torch.uint8, device=self.device)
             self.handle = symmetric.rendezvous(self.memory, self.group)
 
-    def send(self, x: Tensor, shares: Shares) -> Any:
-        """x (N, D), the first rows for rank 0, is needed until the event is over; take() then gives what has come."""
-        assert not self.sent, "rows lie in the inbox that nobody has taken"
-        parts = x.split(shares.sizes)
-        self.there.wait_stream(torch.cuda.current_stream(self.device))
-        self.there.wait_event(self.fetched)
-        with torch.cuda.stream(self.there):
-            if self.last == "send":                     # what is computed again is sent again, and not fetched between
-                self.there.wait_event(self.taken)
-                self._meet(1)
-            self._copy([self._inbox(r, shares.begins[r], part) for r, part in enumerate(parts)], parts)
+    def there(self, x: Tensor, which: Sequence[Tensor], receive: list[int]) -> tuple[Tensor, Any]:
+        """x (N, D), of which `which` go to each rank -> what comes (sum of receive, D), the first from rank 0, and the
+        event that completes it."""
+        assert not self.flying, "what came home has not landed, and its box would be written again"
+        N = x.shape[0]
+        self.out.wait_stream(torch.cuda.current_stream(self.device))
+        x.record_stream(self.out)
+        for of in which:
+            of.record_stream(self.out)
+        with torch.cuda.stream(self.out):
+            self.out.wait_event(self.returned)
+            if self.last == "there":                # what is computed again is sent again, and came home not once
+                self._meet(3)
+            y = x.new_empty(sum(receive), x.shape[1])
+            parts = y.split(receive)
+            for r, of in enumerate(which):
+                to = parts[r] if r == self.rank else self._box(1, self.rank, r, N, of.shape[0], x)
+                torch.index_select(x, 0, of, out=to)
+            self.out.wait_event(self.landed)
             self._meet(1)
-            self.came = self.there.record_event()
-        self.last, self.sent = "send", True
-        return self.came
+            self._copy(parts, [self._box(1, r, self.rank, N, part.shape[0], x) for r, part in enumerate(parts)])
+            self.came = self.out.record_event()
+        self.last = "there"
+        return y, self.came
 
-    def take(self, order: Tensor, like: Tensor) -> Tensor:
-        """What has come, in another order (n,). like (N, D) is what was sent."""
-        shape = torch.Size((order.shape[0], like.shape[1]))
-        y = self.handle.get_buffer(self.rank, shape, like.dtype, 0).index_select(0, order)
-        self.taken, self.sent = torch.cuda.current_stream(self.device).record_event(), False
-        return y
-
-    def fetch(self, x: Tensor, order: Tensor, shares: Shares) -> tuple[Tensor, Any]:
-        """x (n, D), what became of the rows that had come, once in `order` as they had; those sent, and the event that
-        completes them."""
-        assert not self.sent, "rows lie in the inbox that nobody has taken"
-        lane = torch.cuda.current_stream(self.device)
-        if self.last == "fetch":
-            with torch.cuda.stream(self.home):
-                self._meet(2)
-                self.came = self.home.record_event()
-        lane.wait_event(self.came)
-        torch.index_select(x, 0, order, out=self._outbox(self.rank, 0, x))
-        self.home.wait_stream(lane)
-        self.home.wait_event(self.taken)
-        with torch.cuda.stream(self.home):
+    def home(self, y: Tensor, send: list[int], N: int, add: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any, Any]:
+        """y (sum of send, D), those for rank 0 first -> where they come home (n N, D), the first N for rank 0's; the
+        event that completes them; and what lands them: `add` makes of them what is kept."""
+        assert not self.flying, "what came home has not landed, and its box would be written again"
+        self.back.wait_stream(torch.cuda.current_stream(self.device))
+        y.record_stream(self.back)
+        with torch.cuda.stream(self.back):
+            self.back.wait_event(self.came)
+            if self.last == "home":
+                self.back.wait_event(self.landed)
+                self._meet(3)
+            parts = y.split(send)
+            boxes = [self._box(0, r, self.rank, N, part.shape[0], y) for r, part in enumerate(parts)]
+            self._copy(boxes, parts, own=True)
             self._meet(2)
-            y = x.new_empty(sum(shares.sizes), x.shape[1])
-            parts = y.split(shares.sizes)
-            self._copy(parts, [self._outbox(r, shares.begins[r], part) for r, part in enumerate(parts)])
-            self.fetched = self.home.record_event()
-        self.last = "fetch"
-        return y, self.fetched
+            self.returned = self.back.record_event()
+        self.last, self.flying = "home", True
+        box = self._box(0, self.rank, 0, 0, self.n * N, y)
 
-    def _copy(self, to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+        def land(box: Tensor) -> Tensor:
+            out = add(box)
+            self.landed, self.flying = torch.cuda.current_stream(self.device).record_event(), False
+            return out
+
+        return box, self.returned, land
+
+    def _copy(self, to: Sequence[Tensor], of: Sequence[Tensor], own: bool = False) -> None:
         """By rank, several at once: one after the other, ranks out of step meet at the same peer, and each has half of
         its link (four H200: 180 GB/s of 385 in a sixth of the copies). What stays is last, and nobody waits behind it:
         within a GPU the driver copies by a kernel, which waits for multiprocessors."""
@@ -204,17 +205,16 @@ class Rows:
         lines = [lane, *self.lines]
         for line in self.lines:
             line.wait_stream(lane)
-        for i, r in enumerate((*self.others, self.rank)):
+        for i, r in enumerate((*self.others, *[self.rank] * own)):
             with torch.cuda.stream(lines[i % len(lines)]):
                 to[r].copy_(of[r])
         for line in self.lines:
             lane.wait_stream(line)
 
-    def _inbox(self, owner: int, begin: int, like: Tensor) -> Tensor:
-        return self.handle.get_buffer(owner, like.shape, like.dtype, begin * like.shape[1])
-
-    def _outbox(self, owner: int, begin: int, like: Tensor) -> Tensor:
-        return self.handle.get_buffer(owner, like.shape, like.dtype, self.size // like.itemsize + begin * like.shape[1])
+    def _box(self, kind: int, owner: int, other: int, N: int, rows: int, like: Tensor) -> Tensor:
+        """Of a rank's inbox (0) or outbox (1), what is from or for another: it has room for N."""
+        begin = kind * self.n * self.size // like.itemsize + other * N * like.shape[1]
+        return self.handle.get_buffer(owner, torch.Size((rows, like.shape[1])), like.dtype, begin)
 
     def _meet(self, channel: int) -> None:
         """By a channel of its own: memory may share its signals with what was allocated before."""

@@ -78,6 +78,10 @@ class Lanes:
         with torch.cuda.stream(self.main):
             yield
 
+    def reads(self, *things: Any) -> None:
+        """This lane reads what another may have made, and the allocator does not know from autograd."""
+        _used_by(None if self.side is None else torch.cuda.current_stream(self.side.device), things)
+
     def again(self) -> contextlib.AbstractContextManager[Any]:
         """Where a sublayer is computed again: where it was. Autograd would do it on the lane of the first node that
         asks for what was not saved, and has no lane wait for a saved tensor that another made."""

@@ -19,7 +19,7 @@ class Parallel:
     ep: int = 1                    # expert parallel, folded over dp x tp
     dp_replicate: int = 1          # copies of the sharded group (HSDP)
     sequence: bool = False         # the stream between sublayers is split over tp by tokens
-    copies: bool = False           # tp's sums, ep's rows by copy engines (GPUs of one machine), not by NCCL's kernels
+    copies: bool = False           # tp's sums, ep's tokens by copy engines (GPUs of one machine), not by NCCL's kernels
     shard: bool = True             # FSDP2 over dp; false: gradients are all-reduced and every rank holds everything
     shard_ctas: int = 0            # multiprocessors that their collectives take and products leave; 0: NCCL's choice
     reshard: bool = True           # free gathered weights after the forward pass, gather again for the backward

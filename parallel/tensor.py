@@ -77,11 +77,9 @@ class Ranks:
         work = dist.all_to_all_single(out, rows, receive, send, group=self.group(), async_op=True)
         return Started(out, self._track(work, "all-to-all"), source=rows)
 
-    def every(self, v: Tensor) -> Tensor:
-        """v of every rank -> (n, *v.shape), without a gradient; this lane goes on with it."""
-        out = v.new_empty(self.n, *v.shape)
-        all_gather_single(out.flatten(0, 1), v, group=self.group())
-        return out
+    def every(self, v: Tensor, what: str) -> Tensor:
+        """v of every rank -> (n, *v.shape); this lane goes on with it. `what` it is, for the watchdog."""
+        return _Every.apply(v, self, what)  # pyright: ignore[reportReturnType]
 
     def total(self, v: Tensor) -> Tensor:
         return _Total.apply(v, self)  # pyright: ignore[reportReturnType]
@@ -91,10 +89,14 @@ class Ranks:
 
     def _reduced(self, v: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         v = v.clone(memory_format=torch.contiguous_format)
-        work = self._track(dist.all_reduce(v, op=op, group=self.group(), async_op=True), "all-reduce of a statistic")
+        self._await(dist.all_reduce(v, op=op, group=self.group(), async_op=True), "all-reduce of a statistic")
+        return v
+
+    def _await(self, work: dist.Work | None, kind: str) -> None:
+        """This lane goes on when it is over."""
+        work = self._track(work, kind)
         assert work is not None
         work.wait()
-        return v
 
     def _copied(self, kind: str) -> Copies:
         """What carries the next one."""
@@ -122,6 +124,22 @@ def copy(x: Tensor) -> Started:
 def _join(x: Tensor) -> Tensor:
     """(n, B, t, D) -> (B, n t, D)"""
     return x.transpose(0, 1).flatten(1, 2)
+
+
+class _Every(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, ranks: Ranks, what: str) -> Tensor:
+        ctx.ranks, ctx.what, v, out = ranks, what, v.contiguous(), v.new_empty(ranks.n, *v.shape)
+        work = all_gather_single(out.flatten(0, 1), v, group=ranks.group(), async_op=True)
+        ranks._await(work, f"all-gather of {what}")
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        ranks, g, out = ctx.ranks, g.contiguous(), g.new_empty(g.shape[1:])
+        work = reduce_scatter_single(out, g.flatten(0, 1), group=ranks.group(), async_op=True)
+        ranks._await(work, f"reduce-scatter of {ctx.what}")
+        return out, None, None
 
 
 class _Total(torch.autograd.Function):
@@ -197,7 +215,7 @@ class OwnTokens:
     def leave(self, y: Tensor | Pending, also: Tensor | None = None) -> Pending:
         assert not isinstance(y, Tensor)
         if also is not None:        # a share of all tokens: own rows are placed in it, and one collective sums both
-            with self.lanes.front(y):               # the weights of its rows were made beside
+            with self.lanes.front():
                 mine = y.wait()
                 if not self.whole() or self.stream.sequence:
                     assert self.ranks is not None

@@ -13,6 +13,7 @@ from stepladder.kernels import gla as gla_kernels
 from stepladder.kernels import gla_backward as gla_backward_kernels
 from stepladder.kernels import norm as norm_kernels
 from stepladder.kernels import parts as parts_kernels
+from stepladder.kernels import rows as rows_kernels
 from stepladder.kernels import scan as scan_kernels
 from stepladder.kernels import ssd as ssd_kernels
 from stepladder.kernels import ssd_backward as ssd_backward_kernels
@@ -47,6 +48,14 @@ def parts() -> None:
     for n, dtype in ((4, BF16), (8, torch.float32)):
         here, *others = torch.empty(n, 4096, dtype=dtype)
         parts_kernels.add((here, *others), (torch.empty_like(here),) * 2)
+
+
+def rows() -> None:
+    """Four experts of 2,048 numbers; two, of a width that is no power of two, and without weights."""
+    for k, D in ((4, 2048), (2, 5120)):
+        at, weights, x = torch.zeros(256, k, dtype=torch.long), torch.empty(256, k), torch.empty(256 * k, D, dtype=BF16)
+        rows_kernels.collect(x, at, weights if k == 4 else None)
+        rows_kernels.weigh_back(x[:256], x, at.flatten(), weights)
 
 
 def step() -> None:

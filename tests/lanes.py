@@ -275,7 +275,7 @@ class Boxes:
         return size // 2
 
     def rendezvous(self, half: int, group: dist.ProcessGroup) -> Boxes:
-        self.half, self.group, self.log = half, group, list[str]()
+        self.half, self.group, self.log, self.others = half, group, list[str](), Lane("others")
         with tempfile.TemporaryDirectory() as mine:
             folder = [mine]
             with self.apart():
@@ -292,13 +292,22 @@ class Boxes:
         return self.boxes[owner][half][begin:begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
     def barrier(self, channel: int) -> None:
-        """Until it or from it on the others write this rank's inbox, and read its outbox."""
+        """Until it or from it on the others write this rank's inbox, read its outbox, and write their own. From that of
+        channel 1 to the next they read this rank's outbox, and from that of channel 2 their inbox."""
         self.log.append(f"meet {channel}")
         with self.apart():
             dist.barrier(self.group)
-        lane = self.model.current
-        for box, written in zip(self.boxes[dist.get_rank(self.group)], (True, False), strict=True):
-            self.model._touch(_key(box), (lane, lane.tick(), "what others do"), written)
+        lane, me = self.model.current, dist.get_rank(self.group)
+        lane.wait_stream(self.others)
+        self.others = Lane("others", lane.clock)
+        for owner, boxes in enumerate(self.boxes):
+            for kind, box in enumerate(boxes):
+                if owner == me or kind:
+                    written = (owner == me) != bool(kind)
+                    self.model._touch(_key(box), (lane, lane.tick(), "what others do"), written)
+                if (owner == me, kind, channel) in ((True, 1, 1), (False, 0, 2)):
+                    self.model._touch(_key(box), (self.others, self.others.tick(), "what others do then"), False)
+        self.others.wait_stream(lane)
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:

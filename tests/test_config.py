@@ -228,7 +228,7 @@ TP2 = {"parallel.tp": 2}
     (2, {"parallel.pp": 2, "parallel.schedule": "zero-bubble", "train.compile": True},
      "train.compile = true computes both halves of a backward at once, which parallel.schedule = \"zero-bubble\""),
     (1, {"parallel.chunks": 4}, 'parallel.chunks = 4 is for schedule = "interleaved", but the schedule is "1f1b"; '),
-    (1, {"parallel.copies": True}, "parallel.copies = true moves the sums of tensor and the rows of expert para"),
+    (1, {"parallel.copies": True}, "parallel.copies = true moves the sums of tensor and the tokens of expert pa"),
     (3, {"parallel.tp": 3, "model.vocab": 258, "model.width": 66} | {f"model.blocks.{name}.token": {
         "kind": "mamba", "inner": 64} for name in ("gla", "full")},
      "model.blocks.gla.token.inner = 64 is not divisible by parallel.tp = 3; change one of them"),
@@ -345,7 +345,7 @@ def test_a_width_that_does_not_divide_by_the_heads_is_refused_with_both():
 
 @pytest.mark.parametrize(("world", "changes", "sentence"), [
     (2, {"parallel.pp": 2}, "train.graph = true records a pass from end to end, but parallel.pp = 2; set"),
-    (2, {"parallel.ep": 2}, "parallel.ep = 2 reads on the host how many rows go where, which train.graph = true"),
+    (2, {"parallel.ep": 2}, "parallel.ep = 2 reads on the host how many tokens go where, which train.graph = true"),
     (2, {}, "train.graph = true with parallel.shard = true: FSDP moves weights while a pass runs"),
     (1, {"train.dtype": "fp32"}, "model.blocks.gla.channel.engine = 'grouped' with train.dtype = 'fp32' counts on"),
 ])

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from stepladder.parallel.copies import Copies, Rows, Shares
+from stepladder.parallel.copies import Copies, Rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -61,22 +61,27 @@ def travelled(rank: int, n: int, rendezvous: str) -> None:
     rows, busy = Rows(dist.group.WORLD, device), torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)  # pyright: ignore
     same, all_of_them = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(rank)
     for i in range(60):
-        moved = torch.randint(0, [40, 3000, 20000][i % 3], (n, n), generator=same) * (torch.arange(n) != i % (2 * n))
-        send, receive = moved[rank].tolist(), moved[:, rank].tolist()
-        x = torch.randn(sum(send), 512, device=device, generator=all_of_them).bfloat16()
-        came, order = x.new_empty(sum(receive), 512), torch.randperm(sum(receive), device=device)
-        dist.all_to_all_single(came, x, receive, send)
-        rows.room(int(moved.sum(0).max()) * 1024)
-        shares = Shares(send, (moved.cumsum(0) - moved)[rank].tolist())
+        N = [40, 3000, 20000][i % 3]
+        counts = torch.randint(0, N + 1, (n, n), generator=same) * (torch.arange(n) != i % (2 * n))
+        send, receive = counts[rank].tolist(), counts[:, rank].tolist()
+        x = torch.randn(N, 512, device=device, generator=all_of_them).bfloat16()
+        which = [torch.randperm(N, device=device, generator=all_of_them)[:many] for many in send]
+        rows.room(x)
         busy @ busy
-        rows.send(x, shares).wait()
-        got = rows.take(order, x)
-        busy @ busy
-        back, done = rows.fetch(got, order.argsort(), shares)
+        got, done = rows.there(x, which, receive)
         busy @ busy
         done.wait()
-        assert torch.equal(got, came[order]), f"call {i} there"
-        assert torch.equal(back, x), f"call {i} back"
+        come, home = got.new_empty(sum(receive), 512), got.new_empty(sum(send), 512)
+        dist.all_to_all_single(come, x[torch.cat(which)], receive, send)
+        assert torch.equal(got, come), f"call {i} there"
+        y = 2 * got
+        busy @ busy
+        box, done, land = rows.home(y, receive, N, torch.clone)
+        busy @ busy
+        done.wait()
+        back = torch.cat([part[:many] for part, many in zip(land(box).split(N), send, strict=True)])
+        dist.all_to_all_single(home, y, send, receive)
+        assert torch.equal(back, home), f"call {i} back"
     torch.cuda.synchronize()
     dist.barrier()
     os._exit(0)

@@ -97,7 +97,7 @@ def test_ladder_under_sequence_parallel_scatters_while_a_mixer_runs() -> None:
     assert backward.removeprefix("-2 -3 +3 +2 -3 ") == "3 +3 -2 2 +2 -3 +1 -1 1 +1 -2 +0 -0 0 +0 -1 -0"
 
 
-def test_ladder_sends_rows_to_experts_behind_the_token_mixers_call_and_back_behind_the_next() -> None:
+def test_ladder_sends_tokens_to_experts_behind_the_token_mixers_call_and_back_behind_the_next() -> None:
     forward, backward = both("ladder", Parallel(ep=2, shard=False), channel="moe0")
     assert forward == "0 +1 -1 1 +1 2 -1 +3 -3 3 +3"
     assert backward == "-3 +3 -3 3 +3 2 -3 +1 -1 1 +1 0 -1"
@@ -110,7 +110,7 @@ def counted(rank: int, n: int, channel: str, recompute: str) -> list[str]:
                   seed=0, dtype=torch.float64, recompute=recompute)
     log: list[str] = []
     announce = AllToAll.announce
-    AllToAll.announce = lambda self, counts: (log.append("read"), announce(self, counts))[1]
+    AllToAll.announce = lambda self, *chosen: (log.append("read"), announce(self, *chosen))[1]
     for i, block in enumerate(blocks(parts.decoder)):
         for j, mixer in enumerate((block.token, block.channel)):
             mixer.register_forward_hook(lambda *_, k=2 * i + j: log.append(f"{k}"))

@@ -15,13 +15,13 @@ import ranks
 import tiny
 import torch
 
-from stepladder.model.decoder import Norm
+from stepladder.model.decoder import Norm, blocks
 from stepladder.model.residual import Stream
 from stepladder.parallel.build import build
+from stepladder.parallel.expert import AllToAll
 from stepladder.parallel.flight import Carried, Lanes, _Flight
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.support import Parallel
-from stepladder.parallel.tensor import OwnTokens
 
 CPU = torch.device("cpu")
 LAYOUTS = {"tp": Parallel(tp=2, shard=False), "sp": Parallel(tp=2, sequence=True, shard=False),
@@ -103,17 +103,17 @@ def test_every_lane_waits_for_what_it_needs_and_the_allocator_knows_who_reads_wh
 
 CHANGES = [
     (EVALUATED, Change(Lanes, "aside", "self.side.wait_stream(self.main)"), "order"),
-    (RECOMPUTED, Change(Lanes, "aside", "_used_by(self.main, s)"), "reuse"),
+    (Case("ep", "moe1", "parallel", "evaluation"), Change(Lanes, "reads", "things)", "())"), "reuse"),
     (EVALUATED, Change(Lanes, "front", "self.main.wait_stream(self.side)"), "order"),
     (EVALUATED, Change(Lanes, "front", "_used_by(self.main, needs)"), "reuse"),
-    (RECOMPUTED, Change(Lanes, "again", "torch.cuda.stream(self.side)", "contextlib.nullcontext()"), "order"),
+    (Case("ep", "moe0", "ladder", "recompute"),
+     Change(Lanes, "again", "torch.cuda.stream(self.side)", "contextlib.nullcontext()"), "reuse"),
     (LADDER, Change(Norm, "forward", "else apart(h)", "else (h, h)"), "overwrite"),
     (PARALLEL, Change(Norm, "read", "apart(h)", "(h, h)"), "overwrite"),
     (EVALUATED, Change(_Flight, "land", "work.wait()"), "order"),
     (EVALUATED, Change(_Flight, "land", "(source, y)", "(y,)"), "reuse"),
     (EVALUATED, Change(_Flight, "land", "(source, y)", "(source,)"), "reuse"),
-    (Case("ep", "moe0", "standard", "evaluation"), Change(Carried, "wait", "lane.wait_event(self.made)"), "order"),
-    (EVALUATED, Change(OwnTokens, "leave", "self.lanes.front(y)", "self.lanes.front()"), "reuse")]
+    (Case("ep", "moe0", "standard", "evaluation"), Change(Carried, "wait", "lane.wait_event(self.made)"), "order")]
 
 
 def test_what_is_taken_out_of_the_lanes_is_missed() -> None:
@@ -122,12 +122,41 @@ def test_what_is_taken_out_of_the_lanes_is_missed() -> None:
         assert any(fault.startswith(kind) for fault in said), f"{change.name} without {change.old}"
 
 
+def waited(rank: int, n: int, channel: str) -> list[tuple[str, bool]]:
+    """Whether the side lane has waited for all that the front lane was given, where a block's first norm begins and
+    where it is said who goes to whom."""
+    parts = build(tiny.config("attention0", channel, "ladder", layers=3), Mesh(LAYOUTS["ep"], CPU, rank, n), seed=0,
+                  dtype=torch.bfloat16)
+    model, log = lanes.Model(), list[tuple[str, bool]]()
+    with model.running():
+        front, side = model.current, lanes.Lane("side")
+        parts.decoder.embed_comm.lanes.side = side
+        parts.pipe.backward = model.backward
+
+        def say(what: str) -> None:
+            log.append((what, side.knows(front, front.clock.get(front, 0))))
+        for i, block in enumerate(blocks(parts.decoder)):
+            block.norm1.register_forward_pre_hook(lambda *_, i=i: say(f"norm {i}"))
+        announce = AllToAll.announce
+        with mock.patch.object(AllToAll, "announce", lambda *args: (say("announce"), announce(*args))[1]):
+            parts.pipe([tiny.micro(2, 16)], train=False)
+    return log
+
+
+def test_what_has_nothing_to_do_with_the_experts_does_not_wait_for_them() -> None:
+    said = ranks.run(2, waited, "moe1")[0]
+    assert [what for what, _ in said] == ["norm 0", "announce", "announce", "norm 1", "announce", "norm 2"], said
+    assert [late for _, late in said] == [True, False, False, False, False, False], said
+
+
 def test_the_pass_after_a_recorded_one_is_on_its_own_front_lane() -> None:
     case = Case("tp", "swiglu0", "ladder", "evaluation")
     stays = Change(Lanes, "front", "not self.beside()", "False")
-    right, wrong = ranks.run(2, faults, [(case, None), (case, stays)], "the recording's")[0]
+    untold = Change(Lanes, "aside", "_used_by(self.main, s)")
+    right, wrong, reused = ranks.run(2, faults, [(case, None), (case, stays), (case, untold)], "the recording's")[0]
     assert not right
     assert wrong[0].startswith("order: aten.clone.default on the recording's")
+    assert reused[0].startswith("reuse: ")
 
 
 def carried(here: Lanes, _: lanes.Model) -> None:

@@ -183,13 +183,14 @@ def test_a_balance_loss_over_a_slice_of_the_sequence_is_seen() -> None:
 def experts_swapped() -> None:
     dispatch = AllToAll.dispatch
 
-    def mutated(self: AllToAll, rows: Tensor, announced: Any) -> Any:
-        arriving, ends, back = dispatch(self, rows, announced)
-        return arriving, ends.diff(prepend=ends.new_zeros(1)).flip(0).cumsum(0), back
+    def mutated(self: AllToAll, x: Tensor, announced: Any) -> Any:
+        sent, chosen, back = dispatch(self, x, announced)
+        ids, each = chosen.ids, chosen.experts
+        return sent, chosen._replace(ids=torch.where(ids < each, each - 1 - ids, each)), back
     AllToAll.dispatch = mutated
 
 
-def test_rows_given_to_the_wrong_expert_of_the_right_rank_are_seen() -> None:
+def test_tokens_given_to_the_wrong_expert_of_the_right_rank_are_seen() -> None:
     assert "loss" in differences(experts_swapped, ("attention0", "moe0", "ladder"), EP)
 
 
@@ -256,8 +257,8 @@ def test_an_input_gradient_that_is_not_summed_is_seen() -> None:
     assert NORMS - {"blocks.3.norm2.scale", "norm.scale"} <= seen
 
 
-def gradients_of_rows_stay() -> None:
-    """Rows travel to their experts, their gradients do not come back."""
+def gradients_of_dispatched_tokens_stay() -> None:
+    """Tokens travel to their experts, their gradients do not come back."""
     start = flight.Lanes.start
 
     def mutated(self: Any, x: Tensor, go: Any, back: Any, late: bool = False) -> Pending:
@@ -266,8 +267,8 @@ def gradients_of_rows_stay() -> None:
     flight.Lanes.start = mutated
 
 
-def test_gradients_of_dispatched_rows_that_do_not_come_back_are_seen() -> None:
-    seen = differences(gradients_of_rows_stay, ("attention0", "moe0", "ladder"), EP)
+def test_gradients_of_dispatched_tokens_that_do_not_come_back_are_seen() -> None:
+    seen = differences(gradients_of_dispatched_tokens_stay, ("attention0", "moe0", "ladder"), EP)
     assert {f"blocks.{i}.norm2.scale" for i in range(4)} <= seen
 
 

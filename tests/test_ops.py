@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepladder.model.residual import Stats
 from stepladder.model.token.attention import angles, rotate
-from stepladder.ops import attention, experts, gla, kernels
+from stepladder.ops import attention, experts, gla, kernels, rows
 from stepladder.ops.attach import attach
 from stepladder.ops.compiled import allow_variants
 from stepladder.ops.loss import IGNORE, cross_entropy
@@ -264,25 +264,49 @@ def test_a_gpu_that_runs_the_loop_of_experts_says_why_once(caplog: pytest.LogCap
         for why in ("torch.float32", "rows of 12 numbers, not a multiple of 16 bytes")]
 
 
-def test_rows_are_carried_to_their_experts_and_back_with_their_gradients() -> None:
-    ids = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1], [1, 0]])
-    order, inverse = experts.sort(ids.flatten(), 4)
-    assert torch.equal(order, ids.flatten().argsort(stable=True))
-    assert torch.equal(inverse[order], torch.arange(10))
-    assert experts.count(ids.flatten(), 4).tolist() == [3, 4, 3, 0]
-    x = randn(5, 3)
-    agree(lambda x: (experts.permute(x, order, inverse, 2),), lambda x: (x.repeat_interleave(2, 0)[order],), x)
-    back = lambda x: experts.permute(experts.permute(x, order, inverse, 2), inverse, order)
-    agree(lambda x: (back(x),), lambda x: (x.repeat_interleave(2, 0),), x)
+@pytest.mark.parametrize(("ids", "many"), [([[2, 0], [1, 2], [0, 1], [2, 1], [1, 0]], 10),
+                                           ([[3, 0], [1, 3], [3, 3], [2, 1]], 4), ([[3, 3]], 0)], ids=str)
+def test_tokens_become_rows_for_their_experts_and_are_weighed_with_their_gradients(ids: list[list[int]], many: int
+                                                                                    ) -> None:
+    """Of three experts; the fourth is another rank's."""
+    of, N = torch.tensor(ids), len(ids)
+    order, inverse, ends = experts.sort(of, 3)
+    assert torch.equal(order, of.flatten().argsort(stable=True))
+    assert torch.equal(inverse[order], torch.arange(2 * N))
+    assert ends.tolist() == [int((of <= e).sum()) for e in range(3)]
+    if many == 0:                                # such a token does not come: what there is is empty
+        order, inverse, of, N = order[:0], inverse[:0], of[:0], 0
+    here, order = (of < 3).unsqueeze(-1), order[:many]
+    x, weights = randn(N, 3), randn(N, 2)
+    agree(lambda x: (rows.expand(x, order, inverse, 2),), lambda x: (x.repeat_interleave(2, 0)[order],), x)
+    agree(lambda x, w: (rows.weigh(rows.expand(x, order, inverse, 2).sin(), order, inverse, w),),
+          lambda x, w: ((here * w.unsqueeze(-1) * x.sin().unsqueeze(1)).sum(1),), x, weights)
 
 
-@pytest.mark.parametrize("counts", [[[2, 0, 1], [0, 3, 1]], [[0, 0], [4, 0]], [[0, 0], [0, 0]], [[1, 2, 3]]], ids=str)
-def test_rows_that_came_sorted_rank_by_rank_are_sorted_as_a_stable_sort_would(counts: list[list[int]]) -> None:
-    ids = torch.tensor([e for rank in counts for e, n in enumerate(rank) for _ in range(n)], dtype=torch.long)
-    order, inverse, ends = experts.regroup(torch.tensor(counts), torch.device("cpu"))
-    assert torch.equal(order, ids.argsort(stable=True))
-    assert torch.equal(inverse, experts.invert(order))
-    assert torch.equal(ends, torch.tensor(counts).sum(0).cumsum(0))
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_token_goes_to_a_rank_once_and_is_found_when_it_comes_home(n: int) -> None:
+    ids = torch.randint(2 * n, (n, 7, 3), generator=torch.Generator().manual_seed(n))
+    ids[:, 2] = 0                                                  # all of its choices are one rank's
+    owner, k = ids // 2, ids.shape[2]
+    for rank in range(n):
+        visits = [[(s, t) for s in range(n) for t in range(7) if r in owner[s, t]] for r in range(n)]
+        mine = [[t for s, t in visits[r] if s == rank] for r in range(n)]
+        for apart in (False, True):
+            at, sent, came, local, known = experts.tour(ids, rank, 2, apart)
+            assert known.tolist() == [*map(len, mine), *(sum(s == r for s, _ in visits[rank]) for r in range(n)),
+                                      int((owner == rank).sum())]
+            assert sent[:sum(map(len, mine))].tolist() == [t for of in mine for t in of]
+            came = came[:len(visits[rank])]
+            assert came.tolist() == [7 * s + t for s, t in visits[rank]]
+            assert torch.equal(local[came], torch.where(owner == rank, ids - 2 * rank, 2).view(-1, k)[came])
+            going = torch.tensor([[t in of for t in range(7)] for of in mine])
+            assert torch.equal(at < 7 * n, going.t())
+            y = torch.zeros(7 * n if apart else sum(map(len, mine)), 2, dtype=DOUBLE)
+            for r, of in enumerate(mine):                          # rank r makes 10^r of each
+                begin = 7 * r if apart else sum(map(len, mine[:r]))
+                y[begin:begin + len(of)] = 10.0 ** r
+            want = sum(10.0 ** r * going[r] for r in range(n))
+            assert torch.equal(rows.collect(y, at), torch.stack([torch.as_tensor(want)] * 2, 1))
 
 
 # Private APIs of torch: what we lean on, and nothing else

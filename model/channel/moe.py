@@ -1,7 +1,7 @@
 """Mixture of experts; with `ahead` the router of one MoE block picks the experts of a later one (arXiv:2308.12066).
 
-The mixer sees this rank's own tokens and returns whole rows. Every rank's experts are a slice of `Experts`; where rows
-have to travel, parallel/expert.py replaces its `exchange`.
+The mixer sees this rank's own tokens and returns whole rows. Every rank's experts are a slice of `Experts`; where
+tokens have to travel, parallel/expert.py replaces its `exchange`.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepladder.model.config import ModelConfig, Place
 from stepladder.model.leaf import Leaf, constant, normal
 from stepladder.model.mixer import ChannelMixer, Plan
 from stepladder.model.residual import Pending, Ready, Stats
-from stepladder.ops import experts
+from stepladder.ops import experts, rows
 from stepladder.ops.compiled import compiled
 from stepladder.ops.linear import linear, linears, promote
 
@@ -50,19 +50,27 @@ class Spec:
             raise ValueError(f"engine = {self.engine!r} is not 'grouped' or 'loop'")
 
 
+class Chosen(NamedTuple):
+    """Of tokens that are where their experts are."""
+    ids: Tensor            # (U, k) among this rank's experts; equal to their number: one of another rank
+    weights: Tensor        # (U, k)
+    many: int              # how many of the ids are this rank's
+    experts: int           # how many it has
+
+
 class Exchange(Protocol):
-    """Carries rows to the ranks that hold their experts, and back."""
+    """Carries tokens to the ranks that hold their experts, and back."""
 
-    def announce(self, counts: Tensor) -> Any:
-        """Tell the others how many rows (E,) each expert will get; dispatch() wants what this returns."""
+    def announce(self, ids: Tensor, weights: Tensor, experts: int) -> Any:
+        """Tell the others which of the `experts` each token goes to, ids and weights (N, k); for dispatch()."""
         ...
 
-    def dispatch(self, rows: Tensor, announced: Any) -> tuple[Pending, Tensor, Any]:
-        """rows (N, D) sorted by expert -> the rows for this rank's experts, sorted, where they end, the way back."""
+    def dispatch(self, x: Tensor, announced: Any) -> tuple[Pending, Chosen, Any]:
+        """x (N, D) -> the tokens (U, D) that this rank's experts are chosen by, how, and the way back."""
         ...
 
-    def combine(self, rows: Tensor, back: Any) -> Pending:
-        """What became of dispatched rows -> (N, D) in the order in which they were given to dispatch."""
+    def combine(self, y: Tensor, back: Any) -> Pending:
+        """What became of dispatched tokens (U, D) -> (N, D): the sum of what ranks made of each."""
         ...
 
     def carry(self, y: Tensor) -> Pending:
@@ -71,51 +79,49 @@ class Exchange(Protocol):
 
 
 class Here:
-    def announce(self, counts: Tensor) -> Tensor:
-        return counts
+    def announce(self, ids: Tensor, weights: Tensor, experts: int) -> Chosen:
+        return Chosen(ids, weights, ids.numel(), experts)
 
-    def dispatch(self, rows: Tensor, announced: Tensor) -> tuple[Pending, Tensor, Any]:
-        return Ready(rows), announced.cumsum(0), None
+    def dispatch(self, x: Tensor, announced: Chosen) -> tuple[Pending, Chosen, Any]:
+        return Ready(x), announced, None
 
-    def combine(self, rows: Tensor, back: Any) -> Pending:
-        return Ready(rows)
+    def combine(self, y: Tensor, back: Any) -> Pending:
+        return Ready(y)
 
     def carry(self, y: Tensor) -> Pending:
         return Ready(y)
 
 
 class Foreseen(NamedTuple):
-    """What follows from the router alone. Pre-gated, it is known a block early: the host has read the counts before it
-    needs them, where it otherwise waits for the device."""
+    """What follows from the router alone. Pre-gated, it is known a block early: the host has read how many tokens will
+    come before it needs that, where it otherwise waits for the device."""
     announced: Any         # of the exchange
-    choice: experts.Choice
+    stats: Stats
 
 
 class Way(NamedTuple):
     """To the experts."""
-    rows: Pending          # (N, D) this rank's experts' rows, sorted by expert
-    ends: Tensor           # (its experts,) where each one's end
+    tokens: Pending        # (U, D)
+    order: Tensor          # (M,) by expert, which of their U k choices each row is for
+    inverse: Tensor        # (U k,) its row; M or more: none here
+    ends: Tensor           # (this rank's experts,) where each one's rows end
+    weights: Tensor        # (U, k)
 
 
 class Back(NamedTuple):
     """And back."""
     exchanged: Any         # what the exchange wants to know
-    order: Tensor          # (B T k,) which token's choice each sent row was
-    inverse: Tensor        # (B T k,)
-    weights: Tensor        # (B T, k)
     shape: torch.Size      # (B, T, D)
 
 
 class Returning(NamedTuple):
-    """Rows on their way from the experts; their weighted sum is the output."""
-    rows: Pending
+    """Outputs on their way from the experts."""
+    tokens: Pending        # (B T, D)
     shared: Pending | None
-    back: Back
-    weigh: Callable[..., Tensor]
+    shape: torch.Size      # (B, T, D)
 
     def wait(self) -> Tensor:
-        _, order, inverse, weights, shape = self.back
-        y = self.weigh(self.rows.wait(), order, inverse, weights).view(shape)
+        y = self.tokens.wait().view(self.shape)
         return y if self.shared is None else y + self.shared.wait()
 
 
@@ -190,16 +196,15 @@ class Mixer(ChannelMixer):
         routers = [*self.routers]
         # Where no block before has chosen for this one, its own router does: the first that it holds.
         foreseen = foreseen or self.foresee(route) or self._foresee(tokens, cast(Router, routers.pop(0)).w)
-        announced, (ids, weights, *stats) = foreseen
         later = (*route[1:], *(router(tokens) for router in routers))
-        rows, order, inverse = self.fast(experts.send)(tokens, ids, self.spec.experts)
-        rows, ends, exchanged = self.experts.exchange.dispatch(rows, announced)
-        return Plan(later, Stats(*stats), Way(rows, ends),
-                    Back(exchanged, order, inverse, weights, tokens.shape))
+        sent, chosen, exchanged = self.experts.exchange.dispatch(tokens.flatten(0, -2), foreseen.announced)
+        order, inverse, ends = experts.sort(chosen.ids, chosen.experts)
+        way = Way(sent, order[:chosen.many], inverse, ends, chosen.weights)
+        return Plan(later, foreseen.stats, way, Back(exchanged, tokens.shape))
 
     def _foresee(self, x: Tensor, w: Tensor | None = None) -> Foreseen:
-        choice = self.choose(x, w)
-        return Foreseen(self.experts.exchange.announce(choice.load), choice)
+        ids, weights, *stats = self.choose(x, w)
+        return Foreseen(self.experts.exchange.announce(ids, weights, self.spec.experts), Stats(*stats))
 
     def choose(self, x: Tensor, w: Tensor | None = None) -> experts.Choice:
         """x (B, T, D) and a router's w, or logits (B, T, E) -> experts of each token, and the auxiliary losses: in one
@@ -211,17 +216,20 @@ class Mixer(ChannelMixer):
         return self.fast(experts.choose)(scores, self.comm.total(scores.counts), spec.balance, spec.z_loss)
 
     def forward(self, x: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
-        """The experts' rows, sorted by expert, and the shared expert's output, which is made while they travel."""
+        """What this rank's experts made of each token (U, D), and the shared expert's output, made while they travel.
+
+        Weighed here: on the other lane, that would wait for the experts, with all that has nothing to do with them.
+        """
         shared = None
         if self.spec.shared:
             gated = self.fast(experts.gated)
             shared = linear(gated(*linears(x, self.shared_gate, self.shared_up)), self.shared_down)
-        return self.experts(way.rows.wait(), way.ends), shared
+        x = rows.expand(way.tokens.wait(), way.order, way.inverse, self.spec.top_k)
+        return rows.weigh(self.experts(x, way.ends), way.order, way.inverse, way.weights), shared
 
     def deliver(self, y: tuple[Tensor, Tensor | None], plan: Plan) -> Pending:
-        (rows, shared), exchange = y, self.experts.exchange
-        return Returning(exchange.combine(rows, plan.back.exchanged),
-                         None if shared is None else exchange.carry(shared), plan.back, self.fast(experts.weigh))
+        (made, shared), (exchanged, shape), exchange = y, plan.back, self.experts.exchange
+        return Returning(exchange.combine(made, exchanged), None if shared is None else exchange.carry(shared), shape)
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:

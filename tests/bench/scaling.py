@@ -2,8 +2,8 @@
 
     python tests/bench/scaling.py [ep pregated fsdp]      # starts itself under torchrun, once a size
 
-ep:    a 64-expert top-4 model, its rows fixed a GPU; ladder and standard wiring, and both with the rows staying at home
-       ("none": wrong experts, the floor); "copied": rows by copy engines. Hidden share = (standard - ladder) /
+ep:    a 64-expert top-4 model, its rows fixed a GPU; ladder and standard wiring, and with tokens that stay at home
+       ("none": wrong experts, the floor); "copied": tokens by copy engines. Hidden share = (standard - ladder) /
        (standard - none of standard). "host" is how long the calls of a pass take, waiting for counts included.
 pregated: the same with routers that choose for the next block.
 fsdp:  the dense 1.1B shape of tests/bench/dense.py, 8 x 2048 tokens a GPU, its whole training step; "kept": with
@@ -59,14 +59,14 @@ def dense(small: bool) -> ModelConfig:
 
 
 class Stay(Carry):
-    """An exchange that leaves rows at home, at whichever local expert has the number: free communication."""
+    """An exchange that leaves tokens at home, at whichever local experts have the numbers: free communication."""
 
     def __init__(self, exchange: Any):
         super().__init__(exchange.lanes)
         self.n = exchange.ranks.n
 
-    def dispatch(self, rows: torch.Tensor, announced: torch.Tensor) -> tuple[Any, torch.Tensor, Any]:
-        return self.lanes.carry(rows), announced.view(self.n, -1).sum(0).cumsum(0), None
+    def announce(self, ids: torch.Tensor, weights: torch.Tensor, experts: int) -> Any:
+        return super().announce(ids % (experts // self.n), weights, experts // self.n)
 
 
 def timed(step: Any, times: int, device: torch.device) -> tuple[float, float]:
@@ -201,7 +201,7 @@ def main() -> None:
             done = subprocess.run([*launch, __file__, kind, *options], capture_output=True, text=True, timeout=120)
             lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
             if not lines:
-                print(f"{kind} on {n}: no result\n{done.stderr[-1500:]}", flush=True)
+                print(f"{kind} on {n}: no result\n{done.stderr[-8000:]}", flush=True)
                 continue
             found[kind, n] = json.loads(lines[-1])
             print(lines[-1], flush=True)
