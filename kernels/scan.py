@@ -10,7 +10,7 @@ a document begins states are emptied: chunks in which none does, nearly all, run
 
 Few warps fit a processor, and a store holds back the loads that are written after it: what several tokens need is
 loaded before the first of them is computed, or each would wait for memory by itself. D is a constant, so that rows
-lie at fixed distances and addresses are formed once.
+lie at fixed distances and addresses are formed once. Backward, the next chunk's are in the L2 cache when it begins.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepladder.kernels.lanes import over_channels, over_entries, over_tokens
-from stepladder.kernels.tiles import LOG2E, cdiv, processors, split
+from stepladder.kernels.tiles import LOG2E, cdiv, fetch, processors, split
 
 CHANNELS, GROUP = 4, 4    # forward: channels of a lane (R), tokens loaded together
 ENDS = 2                  # backward, where segments' ends alone are asked for: half the registers, twice the warps
@@ -241,6 +241,20 @@ def _saved(state, live, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _fetch(states, q, k, v, dt, dy, c, at, there, D: tl.constexpr, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
+    """Have the L2 cache load what chunk c of all rows' reads, whose first token is `at`: a lane asks for 32 bytes."""
+    lane, first, e = tl.arange(0, 32), tl.program_id(0) * 8 * R, tl.arange(0, 2 * N if N > 16 else 32)
+    channels = (at + lane // (32 // C)) * D + tl.minimum(first + lane % 4 * 2 * R, D - 1)
+    tokens = at * N + lane * (C * N // 32)
+    fetch(dt + channels, there)
+    fetch(v + channels, there)
+    fetch(dy + channels, there)
+    fetch(q + tokens, there)
+    fetch(k + tokens, there)
+    fetch(states + (c * N + e // 2 % N) * D + tl.minimum(first + e % 2 * 4 * R, D - 1), there)
+
+
+@triton.jit
 def _chunk(state, flow, slowed, rate, q, k, v, dt, dy, dq, dk, dv, ddt, n, d, mine, live, alive, D: tl.constexpr,
            N: tl.constexpr, C: tl.constexpr):
     """C tokens of one document: forward for their states and dq, then back. What is read again is in the cache.
@@ -330,6 +344,7 @@ def _backward(q, k, v, dt, A, start, states, dy, dh1, ends, spans, dq, dk, dv, d
         t, at, state = c * C, b * T + c * C, states + ((b * chunks + c) * N + entry) * D + d
         plain = tl.max(borders) == 0
         borders = _borders(start, c - 1, T, C)
+        _fetch(states, q, k, v, dt, dy, b * chunks + c - 1, at - C, j + 1 < many, D, N, C, R)
         if plain:
             flow, slowed = _chunk(state, flow, slowed, rate, q + at * N, k + at * N, v + at * D, dt + at * D,
                                   dy + at * D, dq + (part + t) * N, dk + (part + t) * N, dv + at * D,
@@ -371,11 +386,10 @@ def backward(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, A: Tensor, start: Tens
              dh: Tensor, segments: int = 0) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, dt, A and the state before the first token."""
     (B, T, D), N, C = v.shape, A.shape[1], SAVED
-    R = 4 if N <= 16 else 1
+    R, S = (4, ENDS) if N <= 16 else (1, 1)
     blocks, per, segments = cut(v, R, 8, segments)
     ends, spans, fresh = dh.new_empty(B, segments, D, N), dh.new_empty(B, segments, D), start.view(torch.uint8)
     if segments > 1:
-        S = min(R, ENDS)
         _backward_ends[cdiv(D, 8 * S), B, segments - 1](q, dt, A, fresh, dy, ends, spans, T, per, D, N, C, S, GROUP,
                                                         num_warps=1)
     dq, dk = torch.empty(2, blocks, B, T, N, device=v.device)

@@ -37,6 +37,14 @@ def sigmoid(x):
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
+@triton.jit
+def fetch(p, there):
+    """Have the L2 cache load what p points to, if `there`, without waiting. The interpreter has no caches."""
+    if not _INTERPRET:
+        tl.inline_asm_elementwise("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+                                  "=r,l,r", [p.to(tl.int64), tl.cast(there, tl.int32)], tl.int32, False, 1)
+
+
 def cdiv(n: int, tile: int) -> int:
     """Tiles that cover n. triton's own functions, of this and the next, are typed for use inside kernels."""
     return -(-n // tile)
