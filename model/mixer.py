@@ -13,7 +13,8 @@ from stepladder.model.residual import Pending, Stats
 
 
 class TokenMixer(Leaf):
-    """Mixes along the row. model/token/<name>.py: Spec, Mixer, TINY; one line in registry.TOKEN."""
+    """Mixes along the row. model/token/<name>.py: Spec, State, Mixer, TINY; one line in registry.TOKEN."""
+    State: type            # what begin() makes: a NamedTuple of tensors, batch first
     spec: Any
 
     def table(self, ctx: Context, dtype: torch.dtype) -> Any:
@@ -26,11 +27,17 @@ class TokenMixer(Leaf):
 
     @abstractmethod
     def begin(self, batch: int, length: int, like: Tensor) -> Any:
-        """Empty state for `batch` rows of up to `length` tokens: a NamedTuple of tensors, batch first."""
+        """Empty State for `batch` rows of up to `length` tokens; what keeps every token has room for no more."""
 
     @abstractmethod
     def step(self, x: Tensor, state: Any, ctx: Context) -> Tensor:
         """Recurrent form: S >= 1 more tokens of each row; the state is updated in place."""
+
+    def own(self, state: Any) -> None:
+        """Raises ValueError if the state is another mixer's."""
+        if not isinstance(state, self.State):
+            its, ours = (c.__module__.rpartition(".")[2] for c in (type(state), self.State))
+            raise ValueError(f"{ours} was given a state of {its}; give every layer what its own begin() made")
 
     @abstractmethod
     def flops(self, T: int) -> int:
@@ -39,7 +46,6 @@ class TokenMixer(Leaf):
 
 class Recurrent(TokenMixer):
     """A token mixer that remembers its state and nothing else: mix() is both of its forms."""
-    State: type            # its NamedTuple
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, ctx: Context) -> tuple[Tensor, Any]:
@@ -52,9 +58,7 @@ class Recurrent(TokenMixer):
         return self.mix(x, self.begin(x.shape[0], 0, x), ctx)[0]
 
     def step(self, x: Tensor, state: Any, ctx: Context) -> Tensor:
-        if not isinstance(state, self.State):
-            its, ours = (c.__module__.rpartition(".")[2] for c in (type(state), self.State))
-            raise ValueError(f"{ours} was given a state of {its}; give every layer what its own begin() made")
+        self.own(state)
         y, new = self.mix(x, state, ctx)
         for z, z_new in zip(state, new, strict=True):
             z.copy_(z_new)

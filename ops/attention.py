@@ -17,8 +17,11 @@ def causal(q: Tensor, k: Tensor, v: Tensor, doc: Tensor | None, borders: Tensor 
     """q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K). A query sees `window` keys (0: all) of its own document.
 
     doc (B, T) numbers the documents of each row, None: one a row; borders (N + 1,) int32 are the same as offsets into
-    the flattened rows, padded at the end with B * T, built on the CPU. Half precision on a GPU never sees a T x T mask.
+    the flattened rows, padded at the end with B * T, built on the CPU: with them, half precision on a GPU never sees a
+    T x T mask. Raises ValueError for documents or borders of other rows.
     """
+    if doc is not None and doc.shape != q.shape[:2]:
+        raise ValueError(f"documents {(*doc.shape,)} do not go with queries {(*q.shape,)}; give {(*q.shape[:2],)}")
     if doc is None and not window:
         return _dense(q, k, v, None, causal=True)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and borders is not None:
@@ -39,7 +42,10 @@ def visible(q_at: Tensor, k_at: Tensor, q_doc: Tensor, k_doc: Tensor, window: in
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, see: Tensor) -> Tensor:
-    """The reference, and the decoding path: see (B, S, L) says which keys each query may use."""
+    """The reference, and the decoding path: see (B, S, L) says which keys each query may use.
+
+    Others get a weight of 0, and 0 NaN is NaN: a value that is not finite reaches all queries of its row.
+    """
     return _dense(q, k, v, see.unsqueeze(1), causal=False)
 
 

@@ -16,6 +16,7 @@ from stepladder.model.channel.moe import Mixer as MoE
 from stepladder.model.config import ModelConfig
 from stepladder.model.context import Context, borders
 from stepladder.model.decoder import Block, Decoder, blocks
+from stepladder.model.mixer import TokenMixer
 from stepladder.model.residual import Ready
 from stepladder.ops.compiled import compiled
 from stepladder.ops.norm import rms_norm
@@ -34,6 +35,10 @@ def one_rank(cfg: ModelConfig, dtype: torch.dtype = torch.float64, recompute: st
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-10, what: str = "") -> None:
     error = float((got - want).detach().norm() / want.detach().norm())
     assert error < tolerance, f"{what} is off by {error:.1e}"
+
+
+def token_mixer(token: str) -> TokenMixer:
+    return blocks(one_rank(tiny.config(token, layers=1), torch.float32).decoder)[0].token
 
 
 def with_channel(cfg: ModelConfig, **knobs: object) -> ModelConfig:
@@ -106,6 +111,53 @@ def test_state_is_updated_in_place(token: str) -> None:
     for name, state in states.items():
         assert [z.data_ptr() for z in state] == [at for at, _ in before[name]]
         assert any(not torch.equal(z, old) for z, (_, old) in zip(state, before[name], strict=True))
+
+
+@pytest.mark.parametrize("token", tiny.TOKENS)
+def test_a_state_of_another_mixer_is_refused(token: str) -> None:
+    kind, x = tiny.TOKENS[token].kind, torch.zeros(2, 3, tiny.WIDTH)
+    other = "gla0" if kind == "attention" else "attention0"
+    said = f"{kind} was given a state of {tiny.TOKENS[other].kind}; give every layer what its own begin"
+    with pytest.raises(ValueError, match=said):
+        token_mixer(token).step(x, token_mixer(other).begin(2, 8, x), Context.plain(2, 3))
+
+
+@pytest.mark.parametrize("token", tiny.TOKENS)
+def test_a_state_of_other_rows_is_refused(token: str) -> None:
+    own, x, ctx = token_mixer(token), torch.zeros(2, 3, tiny.WIDTH), Context.plain(2, 3)
+    with pytest.raises(ValueError, match="a state is made by the begin"):
+        own.step(x, own.begin(3, 8, x), ctx._replace(table=own.table(ctx, x.dtype)))
+
+
+@pytest.mark.parametrize("token", tiny.TOKENS)
+def test_tokens_of_other_rows_than_their_context_says_are_refused(token: str) -> None:
+    own, x = token_mixer(token), torch.zeros(2, 3, tiny.WIDTH)
+    for ctx in (Context.plain(2, 4), Context.plain(3, 3)):
+        with pytest.raises(ValueError, match=r"do(es)? not go"):
+            own(x, ctx._replace(table=own.table(ctx, x.dtype)))
+
+
+@pytest.mark.parametrize(("token", "length", "pieces", "fits"), [
+    ("attention0", 8, (6, 2), True), ("attention0", 8, (9,), False), ("attention0", 8, (6, 3), False),
+    ("attention1", 4, (3, 2), False), ("attention1", 5, (6, 3), True)])     # its window is 5: no ring need be longer
+@torch.no_grad()
+def test_more_tokens_than_a_state_was_begun_for_are_refused(token: str, length: int, pieces: tuple[int, ...],
+                                                            fits: bool) -> None:
+    own, x = token_mixer(token), torch.zeros(2, max(pieces), tiny.WIDTH)
+    state = own.begin(2, length, x)
+
+    def step(n: int) -> None:
+        ctx = Context.after(state.read, n)
+        own.step(x[:, :n], state, ctx._replace(table=own.table(ctx, x.dtype)))
+
+    for n in pieces[:-1]:
+        step(n)
+    if fits:
+        step(pieces[-1])
+    else:
+        said = f"{pieces[-1]} more tokens after {sum(pieces[:-1])} do not fit into a state for {length};"
+        with pytest.raises(ValueError, match=said):
+            step(pieces[-1])
 
 
 # Packed documents

@@ -29,6 +29,8 @@ class Spec:
     kind: str = "attention"
 
     def __post_init__(self) -> None:
+        if self.kv_heads < 0:
+            raise ValueError(f"kv_heads = {self.kv_heads} must not be negative; 0 means as many as heads")
         if self.heads < 1 or self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads = {self.heads} is not divisible by kv_heads = {self.kv_heads}")
         if self.head_dim < 0 or self.head_dim % 2:
@@ -59,6 +61,7 @@ class State(NamedTuple):
 
 
 class Mixer(TokenMixer):
+    State = State
     wq: Tensor       # (H*K, D)
     wk: Tensor       # (G*K, D)
     wv: Tensor       # (G*K, D)
@@ -90,7 +93,9 @@ class Mixer(TokenMixer):
         return State(kv[0], kv[1], at, torch.zeros_like(at), at.new_zeros(batch))
 
     def step(self, x: Tensor, state: State, ctx: Context) -> Tensor:
+        self.own(state)
         q, k, v = self.project(x, ctx)
+        self.fits(k, state)
         S, L = x.shape[1], state.k.shape[1]
         at = state.read.unsqueeze(1) + torch.arange(S, device=x.device)                     # (B, S)
         doc = torch.zeros_like(at) if ctx.doc is None else ctx.doc
@@ -106,6 +111,19 @@ class Mixer(TokenMixer):
             y = attention.masked(q, state.k, state.v, attention.visible(at, state.at, doc, state.doc, 0))
         state.read.add_(S)
         return linear(y.flatten(2), self.wo)
+
+    def fits(self, k: Tensor, state: State) -> None:
+        """Raises ValueError if tokens of keys k (B, S, G, K) do not fit the state, as far as looking costs no sync."""
+        (B, S, *head), (rows, L, *its) = k.shape, state.k.shape
+        if (B, head) != (rows, its):
+            raise ValueError(f"{B} rows with keys of {(*head,)} were given a state of {rows} rows with keys of "
+                             f"{(*its,)}; a state is made by the begin() of the mixer that steps on it")
+        if 0 < self.spec.window <= L:
+            return                                             # a ring that has all that a query sees is never full
+        most = int(state.read.max()) if k.is_cpu and B and not torch.compiler.is_compiling() else 0
+        if most + S > L:
+            raise ValueError(f"{S} more tokens after {most} do not fit into a state for {L}; begin() it with the "
+                             "length that the row will have")
 
     def flops(self, T: int) -> int:
         W = min(T, self.spec.window or T)
@@ -132,7 +150,13 @@ def angles(pos: Tensor, K: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x (B, T, H, K) with channel pairs (i, i + K/2) turned by the angles of the table, in at least fp32."""
+    """x (B, T, H, K) with channel pairs (i, i + K/2) turned by the angles of the table, in at least fp32.
+
+    Raises ValueError for a table of other rows.
+    """
+    if table.shape[1:3] != x.shape[:2]:
+        raise ValueError(f"positions {(*table.shape[1:3],)} do not go with tokens {(*x.shape[:2],)}; a context has as "
+                         "many as there are tokens")
     (x1, x2), (cos, sin) = promote(x).chunk(2, -1), table
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
 
