@@ -46,7 +46,10 @@ def join(y: Tensor, T: int) -> Tensor:
 
 
 class Decay(NamedTuple):
-    """Products of exp(g) inside chunks. Another document's tokens have 0: borders are masks, not large gates."""
+    """Products of exp(g) inside chunks. Another document's tokens have 0: borders are masks, not large gates.
+
+    0 NaN is NaN: what is not finite in one document reaches the others of its row.
+    """
     within: Tensor     # (B, H, N, C, C) from after token j up to token i >= j
     since: Tensor      # (B, H, N, C, 1) of the state that comes in, up to token i
     until: Tensor      # (B, H, N, C, 1) from after token j to the chunk's end

@@ -43,12 +43,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, one token at a time. Every other form is tested against this one."""
     check(q, k, v, g, start, S)
-    out = []
+    out = [v[:, :0]]
     for t in range(q.shape[1]):
         S = torch.where(start[:, t, None, None, None], 0.0, S)
         S = g[:, t].exp().unsqueeze(-1) * S + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
-        out.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2))
-    return torch.stack(out, 1), S
+        out.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2).unsqueeze(1))
+    return torch.cat(out, 1), S
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor,
@@ -58,7 +58,8 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
     Inside a chunk the products are formed by halves: rows of a right half meet columns of its left half relative to
     the decay at the right half's first row, so both factors are exp of something <= 0. That is exact for any gate,
     where the usual q exp(b) (k exp(-b))^T overflows (specs of the chunkwise form: arXiv:2312.06635 section 4).
-    Document borders are masks, not large negative decays, so they cost no precision.
+    Document borders are factors of 0, not large negative decays, so they cost no precision; but 0 NaN is NaN: what is
+    not finite in one document reaches the others of its row, as in every form of masked products.
     """
     check(q, k, v, g, start, S)
     B, T, H = q.shape[:3]
@@ -79,11 +80,11 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
     last = (doc == doc[..., -1:]).unsqueeze(-1)                            # the document the chunk goes out with
     keep = (total.exp() * first[..., -1:, :]).transpose(-1, -2)            # (B, H, N, K, 1) of the incoming state
     add = (k * ((total - b).exp() * last)).transpose(-1, -2) @ v           # (B, H, N, K, V)
-    states = []
+    states = [S]
     for n in range(N):
-        states.append(S)
-        S = keep[:, :, n] * S + add[:, :, n]
-    y = (q * (b.exp() * first)) @ torch.stack(states, 2) + (q * k).sum(-1, keepdim=True) * v
+        states.append(keep[:, :, n] * states[-1] + add[:, :, n])
+    before = torch.stack(states, 2)[:, :, :-1]
+    y = (q * (b.exp() * first)) @ before + (q * k).sum(-1, keepdim=True) * v
 
     half = C // 2
     while half:
@@ -95,7 +96,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor
         right = (A * (d1.unsqueeze(-1) == d0.unsqueeze(-2))) @ v0
         y = y + torch.stack([torch.zeros_like(right), right], -3).flatten(-4, -2)
         half //= 2
-    return y.permute(0, 2, 3, 1, 4).reshape(B, T + pad, H, V)[:, :T], S
+    return y.permute(0, 2, 3, 1, 4).reshape(B, T + pad, H, V)[:, :T], states[-1]
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
