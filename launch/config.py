@@ -25,43 +25,50 @@ Below1 = Annotated[float, Rule(lambda x: 0 <= x < 1, "at least 0 and below 1")]
 
 @dataclass(frozen=True)
 class Source:
+    """A corpus, under a name of yours."""
     shards: str                     # folder with a manifest.json, http(s) or fsspec address of one, or a pipe: command
-    weight: From0 = 1.0             # share of the tokens, relative to the other sources
+    weight: From0 = 1.0             # tokens come from the sources in proportion to their weights
 
 
 @dataclass(frozen=True)
 class Data:
+    """What a run learns from, and in which portions."""
     sources: dict[str, Source]
-    seq: Count                      # tokens a row
-    batch_tokens: Count             # tokens an optimizer step, over all ranks
-    rows: Count                     # rows a rank computes at once; passes are repeated until batch_tokens are reached
-    lanes: Count = 8                # readers of the corpus; the data order depends on it, so keep it when dp changes
-    heldout: Below1 = 0.0           # share of the documents kept for evaluation
+    seq: Count                      # tokens a row: the length of context
+    batch_tokens: Count             # tokens an optimizer step, over all ranks; a multiple of seq x rows x dp
+    rows: Count                     # rows a rank computes at once, a micro-batch; repeated for batch_tokens a step
+    lanes: Count = 8                # readers among whom the corpus is dealt; rows come from them in turn, and each dp
+                                    # rank has its own: a multiple of dp, and a divisor of the rows a step. The order of
+                                    # the data depends on it, so keep it when dp changes
+    heldout: Below1 = 0.0           # share of the documents kept from training, for evaluation
     workers: Natural = 0            # reader processes a rank; 0: none
     prefetch: Count = 4             # batches read ahead
-    on_error: Literal["stop", "skip"] = "stop"    # at a corrupt shard, or one that does not come
-    retries: Natural = 4            # of a shard from elsewhere, after the first attempt, with longer and longer pauses
-    stall_seconds: Above0 = 30.0    # without a byte end an attempt
-    fetch_minutes: Above0 = 5.0     # for one shard, attempts and pauses together
+    on_error: Literal["stop", "skip"] = "stop"    # what to do at a corrupt shard, or one that does not come
+    retries: Natural = 4            # attempts at a shard from elsewhere after the first, with longer and longer pauses
+    stall_seconds: Above0 = 30.0    # so long without a byte ends an attempt
+    fetch_minutes: Above0 = 5.0     # limit for one shard, attempts and pauses together
     cache: str = ""                 # folder for shards from elsewhere, shared by a machine's processes; "": none
-    cache_gib: Above0 = 100.0       # it holds at most; what was not used for longest goes first
+    cache_gib: Above0 = 100.0       # GiB that the cache holds at most; what was not used for longest goes first
 
 
 @dataclass(frozen=True)
 class Train:
+    """How long a run trains, and how it computes."""
     steps: Count                    # optimizer steps of the whole run; the schedule ends here
-    seed: Natural = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["bf16", "fp32", "fp64"] = "bf16"    # of the computation; masters are fp32 (fp64 under fp64)
-    deterministic: bool | None = None                  # absent: on the CPU yes, on GPUs no
-    recompute: Literal["none", "channel", "token", "both"] = "none"    # sublayers computed again in the backward pass
+    seed: Natural = 0               # of the initial weights and the order of the data
+    device: Literal["auto", "cpu", "cuda"] = "auto"    # auto: GPUs where there are any
+    dtype: Literal["bf16", "fp32", "fp64"] = "bf16"    # of computation; masters, the weights that AdamW updates, are
+                                                       # fp32 (fp64 under fp64)
+    deterministic: bool | None = None                  # the same bits every time; absent: true on CPUs, false on GPUs
+    recompute: Literal["none", "channel", "token", "both"] = "none"    # activation checkpointing: mixers that are
+                                                                       # computed again in the backward pass, not kept
     compile: bool = False           # torch.compile of the mixers
     graph: bool = False             # start a pass as one CUDA graph: where the host is slower than its GPUs
-    clip: From0 = 1.0               # global gradient norm; 0: no clipping
-    max_skipped: Count = 10         # non-finite steps in a row before the run stops
-    eval_every: Natural = 0         # steps; 0: no evaluation
-    eval_batches: Count = 4         # of batch_tokens held-out tokens, the same ones every time and on every layout
-    log_every: Count = 1            # steps a console line
+    clip: From0 = 1.0               # gradients of a larger global norm are scaled down to it; 0: no clipping
+    max_skipped: Count = 10         # steps in a row without finite gradients, which are skipped, before the run stops
+    eval_every: Natural = 0         # steps from one evaluation on held-out documents to the next; 0: none
+    eval_batches: Count = 4         # batches an evaluation, of batch_tokens each; always the same ones, on every layout
+    log_every: Count = 1            # steps from one console line to the next
     collective_minutes: Above0 = 10.0    # a collective or a step without progress for so long ends the run
     same_batch_steps: Natural = 3   # first steps in which ranks compare the batches that must be equal
 
@@ -69,21 +76,22 @@ class Train:
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW. Norms, biases and recurrent decays get no weight decay."""
-    lr: Above0
-    betas: tuple[Below1, Below1] = (0.9, 0.95)
-    eps: Above0 = 1e-8
-    weight_decay: From0 = 0.1
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: Natural = 0
+    lr: Above0                      # learning rate after the warm-up, the highest
+    betas: tuple[Below1, Below1] = (0.9, 0.95)    # decay a step of the running means of gradients and of their squares
+    eps: Above0 = 1e-8              # added to the root of the second moment
+    weight_decay: From0 = 0.1       # decoupled: a step takes lr x this share of a weight
+    schedule: Literal["cosine", "wsd"] = "cosine"    # of lr: a cosine to the end, or flat with a linear end (wsd)
+    warmup_steps: Natural = 0       # the first steps, in which lr rises linearly
     decay_steps: Natural = 0        # the last steps of wsd, falling linearly
     min_lr_ratio: Ratio = 0.1       # of lr, at the end
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    every: Natural = 1000           # steps; 0: only at the end and on a stop signal
-    keep_last: Count = 3
-    keep_every: Natural = 0         # checkpoints of these steps are never deleted; 0: none
+    """When a run is saved, and what is kept."""
+    every: Natural = 1000           # steps from one checkpoint to the next; 0: only at the end and on a stop signal
+    keep_last: Count = 3            # newest checkpoints that are kept
+    keep_every: Natural = 0         # checkpoints of steps that this divides are never deleted; 0: none
     background: bool = True         # write while training goes on
 
 

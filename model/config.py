@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class BlockConfig:
-    token: Any                        # a Spec from model/token/*.py
-    channel: Any                      # a Spec from model/channel/*.py
-    lag: tuple[int, int] = (0, 0)     # sublayer outputs that may still be in flight; see model/residual.py
+    """A kind of block, under a name of yours: a token mixer, a channel mixer, and how they are wired."""
+    token: Any                        # its token mixer, which moves between positions: kind and knobs
+    channel: Any                      # its channel mixer, which works within a position: kind and knobs
+    lag: tuple[int, int] = (0, 0)     # how many mixers' outputs may still be on their way to the residual stream when
+                                      # the token mixer reads it, and when the channel mixer does: [0, 0] is standard
+                                      # wiring, [0, 1] parallel (both mixers side by side), [1, 1] ladder residual
 
     def __post_init__(self) -> None:
         if self.lag not in ((0, 0), (0, 1), (1, 1)):
@@ -19,14 +22,15 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab: int
-    width: int
-    layers: int
+    """The decoder: blocks one above the other, which read and add to one residual stream."""
+    vocab: int                        # rows of the embedding and of the head; at least the tokenizer's
+    width: int                        # channels of the residual stream
+    layers: int                       # blocks, one above the other
     blocks: dict[str, BlockConfig]
     pattern: tuple[str, ...]          # names from `blocks`, repeated over the depth
     tied: bool = False                # the head is the embedding table
     std: float = 0.02                 # of the initial weights; projections into the stream get std / sqrt(2 layers)
-    z_loss: float = 0.0               # coefficient of mean(logsumexp(logits)^2)
+    z_loss: float = 0.0               # coefficient of mean(logsumexp(logits)^2) in the loss
 
     def __post_init__(self) -> None:
         for name in ("vocab", "width", "layers"):

@@ -12,16 +12,16 @@ from stepladder.model.registry import CHANNEL, TOKEN
 @dataclass(frozen=True)
 class Parallel:
     """How a model is laid over ranks. dp is what remains: world size / (tp * pp)."""
-    tp: int = 1                    # tensor parallel
-    pp: int = 1                    # ranks of a pipeline
-    schedule: Literal["1f1b", "interleaved", "zero-bubble"] = "1f1b"   # of a pipeline's micro-batches
+    tp: int = 1                    # tensor parallel: ranks that share a layer's matrices
+    pp: int = 1                    # pipeline parallel: ranks that share the layers
+    schedule: Literal["1f1b", "interleaved", "zero-bubble"] = "1f1b"   # in which order a pipeline's micro-batches run
     chunks: int = 2                # spans of layers a rank holds when interleaved; zero-bubble: always 2; 1f1b: 1
-    ep: int = 1                    # expert parallel, folded over dp x tp
-    dp_replicate: int = 1          # copies of the sharded group (HSDP)
-    sequence: bool = False         # the stream between sublayers is split over tp by tokens
+    ep: int = 1                    # expert parallel: ranks of dp x tp that share the experts
+    dp_replicate: int = 1          # copies of the sharded weights: so many groups of dp ranks shard them (HSDP)
+    sequence: bool = False         # sequence parallel: the stream between mixers is split over tp by tokens
     copies: bool = False           # tp's sums, ep's tokens by copy engines (GPUs of one machine), not by NCCL's kernels
     shard: bool = True             # FSDP2 over dp; false: gradients are all-reduced and every rank holds everything
-    shard_ctas: int = 0            # multiprocessors that their collectives take and products leave; 0: NCCL's choice
+    shard_ctas: int = 0            # multiprocessors that FSDP's collectives take and products leave; 0: NCCL's choice
     reshard: bool = True           # free gathered weights after the forward pass, gather again for the backward
     offload: bool = False          # what is sharded stays in host memory, which updates it: weights, gradients, moments
     engine: Literal["fsdp", "deepspeed"] = "fsdp"      # what shards over dp

@@ -23,12 +23,12 @@ from stepladder.ops.linear import linear, linears, promote
 
 @dataclass(frozen=True)
 class Spec:
-    experts: int
-    top_k: int
-    hidden: int                      # of one expert
+    experts: int                     # SwiGLU networks, among which a router chooses for every token
+    top_k: int                       # experts that a token visits
+    hidden: int                      # channels between the products of one expert
     ahead: int = 0                   # MoE blocks between a router and the experts it chooses; 1: pre-gated, 0: its own
     shared: int = 0                  # hidden width of the expert every token visits; 0: none
-    score: str = "softmax"           # or "sigmoid" (arXiv:2412.19437)
+    score: str = "softmax"           # or "sigmoid" (arXiv:2412.19437), of the router's logits
     balance: float = 0.01            # coefficient of the per-sequence balance loss
     z_loss: float = 0.001            # coefficient of the router's logsumexp^2 (arXiv:2202.08906)
     bias_rate: float = 0.0           # step of the auxiliary-loss-free balance bias (arXiv:2408.15664); 0: none

@@ -14,7 +14,7 @@ from stepladder.ops.linear import linear, linears
 
 @dataclass(frozen=True)
 class Spec:
-    hidden: int
+    hidden: int                      # channels between the products, often 8/3 width
     kind: str = "swiglu"
 
     def __post_init__(self) -> None:

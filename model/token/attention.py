@@ -18,9 +18,9 @@ from stepladder.ops.norm import rms_norm
 
 @dataclass(frozen=True)
 class Spec:
-    heads: int
-    head_dim: int = 0                # 0: width / heads
-    kv_heads: int = 0                # 0: as many as heads
+    heads: int                       # of queries
+    head_dim: int = 0                # channels of a head, even; 0: width / heads
+    kv_heads: int = 0                # of keys and values, each for heads / kv_heads of queries; 0: as many as heads
     window: int = 0                  # keys seen by a query, itself included; 0: all before it
     theta: float = 10_000.0          # RoPE base
     rope_scale: float = 1.0          # positions are divided by this (linear interpolation, arXiv:2306.15595)

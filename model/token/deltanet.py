@@ -18,7 +18,7 @@ from stepladder.ops.norm import rms_norm
 
 @dataclass(frozen=True)
 class Spec:
-    heads: int
+    heads: int                       # each with a state of key_dim x value_dim
     key_dim: int                     # per head
     value_dim: int                   # per head
     taps: int = 4                    # of the convolution over queries, keys and values

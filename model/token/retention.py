@@ -20,10 +20,10 @@ from stepladder.ops.norm import gated_norm
 
 @dataclass(frozen=True)
 class Spec:
-    heads: int
+    heads: int                       # each with a state of key_dim x value_dim
     key_dim: int                     # per head
     value_dim: int                   # per head
-    decay: Literal["fixed", "scalar"] = "fixed"        # 1 - 2^(-5-h) for head h, or a learned gate a head and token
+    decay: Literal["fixed", "scalar"] = "fixed"        # fixed: 1 - 2^(-5-h) a token, in head h; scalar: learned
     theta: float = 10_000.0          # base of the rotation of queries and keys; 0: none
     tau: float = 16.0                # scalar log decays are divided by tau, so that heads start out remembering
     kind: str = "retention"
