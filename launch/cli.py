@@ -19,6 +19,7 @@ Pretrain decoders that mix attention, recurrence and experts, over many GPUs; re
 start here
   demo        the whole walk in a few minutes on a CPU: prepare, train, kill, resume, sample
   support     which combinations of models and layouts work
+  keys        what a run's TOML may say: every key, and every mixer with its knobs
 
 data
   prepare     text to tokenised shards
@@ -42,6 +43,10 @@ EXAMPLES = {
   stepladder train run.toml --folder runs/first
   stepladder generate runs/first --prompt "It was"
   stepladder COMMAND --help""",
+    "keys": """\
+  stepladder keys
+  stepladder keys train
+  stepladder keys gated_delta""",
     "train": """\
   stepladder train run.toml
   stepladder train run.toml train.steps=100 optimizer.lr=1e-3 --folder runs/short
@@ -172,6 +177,11 @@ def _support(args: argparse.Namespace) -> None:
     print(import_module("stepladder.parallel.support").markdown())
 
 
+def _keys(p: argparse.ArgumentParser) -> None:
+    p.add_argument("name", metavar="NAME", nargs="?",
+                   help="only a section, like train or model.blocks, or a mixer, like gla (default: all)")
+
+
 def _run_file(p: argparse.ArgumentParser) -> None:
     p.add_argument("config", metavar="RUN.toml", help="the run; see examples/")
     p.add_argument("overrides", metavar="section.key=value", nargs="*", help="replace values of the file")
@@ -283,6 +293,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("Prepare, train, kill, resume and sample a small hybrid on a CPU.", _demo, _program("demo")),
     "support": Command("Print the table of supported combinations as Markdown.", lambda p: None, _support),
+    "keys": Command("Print every key of a run's TOML as Markdown: values, default and what it is.", _keys,
+                    _program("keys")),
     "prepare": Command("Turn text into tokenised shards with a manifest; restartable.", _prepare, _program("prepare")),
     "inspect": Command("Count what is in shards, show documents, verify checksums.", _inspect, _program("inspect")),
     "train": Command("Train the run of a TOML file, or resume it; also under torchrun.", _train, _train_program),
