@@ -179,6 +179,11 @@ def test_the_commands_and_files_that_the_readme_names_exist():
         assert (ROOT / path).exists(), path
 
 
+def test_the_demo_takes_as_long_wherever_it_is_named():
+    for path in ("README.md", "Makefile", "examples/demo.toml"):
+        assert "some three minutes" in (ROOT / path).read_text(), path
+
+
 def test_megablocks_is_no_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(p for extra in project["optional-dependencies"].values() for p in extra)]
