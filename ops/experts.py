@@ -33,7 +33,7 @@ class Sorted(NamedTuple):
 
 def sort(ids: Tensor, experts: int) -> Sorted:
     """ids (N, k); those that are `experts` are of none, and come last. A sort passes over each byte of its keys."""
-    keys = ids.flatten().to(torch.uint8 if experts < 256 else torch.int16)
+    keys = ids.flatten().to(next(t for t in (torch.uint8, torch.int16, torch.int64) if experts <= torch.iinfo(t).max))
     keys, order = keys.sort(stable=True)
     each = torch.arange(experts, dtype=keys.dtype, device=keys.device)
     return Sorted(order, invert(order), torch.searchsorted(keys, each, right=True))

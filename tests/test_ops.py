@@ -283,6 +283,15 @@ def test_tokens_become_rows_for_their_experts_and_are_weighed_with_their_gradien
           lambda x, w: ((here * w.unsqueeze(-1) * x.sin().unsqueeze(1)).sum(1),), x, weights)
 
 
+@pytest.mark.parametrize("n", [1, 255, 256, 32_767, 32_768])
+def test_choices_are_sorted_by_any_number_of_experts(n: int) -> None:
+    """Their keys are no wider than they need be: a sort passes over each byte."""
+    order, _, ends = experts.sort(torch.tensor([[n, 0], [n - 1, n]]), n)
+    assert order.tolist() == [1, 2, 0, 3]
+    assert ends[0] == (2 if n == 1 else 1)
+    assert ends[-1] == 2
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_token_goes_to_a_rank_once_and_is_found_when_it_comes_home(n: int) -> None:
     ids = torch.randint(2 * n, (n, 7, 3), generator=torch.Generator().manual_seed(n))
