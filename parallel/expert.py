@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stepladder.model.channel.moe import Chosen
+from stepladder.model.channel.moe import Chosen, Here
 from stepladder.model.residual import Pending
 from stepladder.ops import experts as ops
 from stepladder.ops.rows import collect
@@ -23,14 +23,11 @@ from stepladder.parallel.flight import Lanes, Started
 from stepladder.parallel.tensor import Ranks
 
 
-class Carry:
-    """An Exchange where every rank holds all experts: tokens go from lane to lane."""
+class Carry(Here):
+    """Every rank holds all experts: tokens go from lane to lane."""
 
     def __init__(self, lanes: Lanes):
         self.lanes = lanes
-
-    def announce(self, ids: Tensor, weights: Tensor, experts: int) -> Chosen:
-        return Chosen(ids, weights, ids.numel(), experts)
 
     def dispatch(self, x: Tensor, announced: Chosen) -> tuple[Pending, Chosen, Any]:
         return self.lanes.carry(x), announced, None
@@ -68,6 +65,7 @@ class AllToAll:
         self.carry = Carry(ranks.lanes).carry
 
     def announce(self, ids: Tensor, weights: Tensor, experts: int) -> Announced:
+        """Every rank hears all ranks' choices: 16 k bytes for each of the n N tokens, until they are dispatched."""
         k, each = ids.shape[1], experts // self.ranks.n
         # Whole numbers are exact in fp32, and a router computes in no less.
         every = self.ranks.every(torch.cat([ids.to(weights.dtype), weights], -1), "choices")

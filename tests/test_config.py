@@ -172,6 +172,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
     ("model.pattern", ["half"], "model.pattern names block 'half'; [model.blocks] has gla, full"),
     ("model.blocks.full.lag", [1, 0], "model.blocks.full: lag [1, 0] is not one of"),
     ("model.blocks.full.token.kv_heads", 3, "model.blocks.full.token: heads = 4 is not divisible by kv_heads = 3"),
+    ("model.blocks.full.token.kv_heads", -2, "model.blocks.full.token: kv_heads = -2 must not be negative"),
     ("model.blocks.gla.channel.top_k", 5, "model.blocks.gla.channel: top_k = 5 must be at least 1 and at most experts"),
     ("model.blocks.full.token.kind", "atention",
      'model.blocks.full.token.kind = "atention" is no mixer, did you mean attention?; there are attention, gla'),

@@ -79,6 +79,8 @@ class Exchange(Protocol):
 
 
 class Here:
+    """An Exchange where every rank holds all experts."""
+
     def announce(self, ids: Tensor, weights: Tensor, experts: int) -> Chosen:
         return Chosen(ids, weights, ids.numel(), experts)
 
