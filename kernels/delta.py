@@ -32,41 +32,49 @@ FLOOR = tl.constexpr(-1e5)    # exp2 of it is 0, and differences of sums of it a
 
 
 @triton.jit
-def _add(sum1, rest1, sum2, rest2):
-    """Two-sum: what rounding takes from a sum is kept beside it."""
+def _add(begun1, sum1, rest1, begun2, sum2, rest2):
+    """Two-sum: what rounding takes from a sum is kept beside it. Documents are counted on the way."""
     total = sum1 + sum2
     part = total - sum1
-    return total, rest1 + rest2 + ((sum1 - (total - part)) + (sum2 - part))
+    return begun1 + begun2, total, rest1 + rest2 + ((sum1 - (total - part)) + (sum2 - part))
 
 
 @triton.jit
-def decays(g, doc, b, h, c, T, H, C: tl.constexpr, GATED: tl.constexpr):
+def _one(begun1, sum1, rest1, begun2, sum2, rest2):
+    """Of numbers that are 0 but for one: one pass between warps for three."""
+    return begun1 + begun2, sum1 + sum2, rest1 + rest2
+
+
+@triton.jit
+def decays(g, start, b, h, c, T, H, C: tl.constexpr, GATED: tl.constexpr):
     """D (C, C), symmetric, since and until (C,). -1 in since: the token is of a document that began in this chunk.
 
     Sums of gates are pairs of numbers: a difference of two would lose what small gates say after large ones.
     Tokens beyond the row go on with its last document and do not decay, so since ends with what the state keeps.
     """
     r = tl.arange(0, C)
-    row = b.to(tl.int64) * T
-    mine = tl.load(doc + row + tl.minimum(c * C + r, T - 1))
-    before = tl.load(doc + row + c * C - 1, mask=c > 0, other=0)
-    last = tl.load(doc + row + tl.minimum(c * C + C, T) - 1)
-    same = mine[:, None] == mine[None, :]
+    at = b.to(tl.int64) * T + c * C + r
+    begun = tl.load(start + at, mask=c * C + r < T, other=0).to(tl.int32)
     if GATED:
-        x = tl.load(g + (row + c * C + r) * H + h, mask=c * C + r < T, other=0.0).to(tl.float32) * LOG2E
+        x = tl.load(g + at * H + h, mask=c * C + r < T, other=0.0).to(tl.float32) * LOG2E
         x = tl.where(x < FLOOR, FLOOR, x)
-        s, rest = tl.associative_scan((x, tl.zeros_like(x)), 0, _add)
+        begun, s, rest = tl.associative_scan((begun, x, tl.zeros_like(x)), 0, _add)
+    else:
+        begun = tl.cumsum(begun, 0)
+    same = begun[:, None] == begun[None, :]
+    if GATED:
         D = (s[:, None] - s[None, :]) + (rest[:, None] - rest[None, :])
         D = tl.where(same, tl.where(r[:, None] < r[None, :], -D, D), 0.0)
-        end = tl.sum(tl.where(r == C - 1, s, 0.0), 0)
-        end_rest = tl.sum(tl.where(r == C - 1, rest, 0.0), 0)
-        return (tl.where(same, tl.exp2(D), 0.0), tl.where(mine == before, tl.exp2(s + rest), -1.0),
-                tl.where(mine == last, tl.exp2((end - s) + (end_rest - rest)), 0.0))
-    return same.to(tl.float32), tl.where(mine == before, 1.0, -1.0), (mine == last).to(tl.float32)
+        end = r == C - 1
+        last, whole, whole_rest = tl.reduce((tl.where(end, begun, 0), tl.where(end, s, 0.0), tl.where(end, rest, 0.0)),
+                                            0, _one)
+        return (tl.where(same, tl.exp2(D), 0.0), tl.where(begun == 0, tl.exp2(s + rest), -1.0),
+                tl.where(begun == last, tl.exp2((whole - s) + (whole_rest - rest)), 0.0))
+    return same.to(tl.float32), tl.where(begun == 0, 1.0, -1.0), (begun == tl.max(begun, 0)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"])      # rows of any length run what one of them compiled
-def _inside(q, k, g, beta, doc, A, P, edges, T, H, G, K: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr,
+def _inside(q, k, g, beta, start, A, P, edges, T, H, G, K: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr,
             EVEN: tl.constexpr, LEVELS: tl.constexpr, INNER: tl.constexpr):
     c, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
@@ -76,7 +84,7 @@ def _inside(q, k, g, beta, doc, A, P, edges, T, H, G, K: tl.constexpr, C: tl.con
     rows = (row * G + h // (H // G))[:, None] * K + n[None, :]
     kt = tl.load(k + rows, mask=ok[:, None], other=0.0)
     strength = tl.load(beta + row * H + h, mask=ok, other=0.0).to(tl.float32)
-    D, since, until = decays(g, doc, b, h, c, T, H, C, GATED)
+    D, since, until = decays(g, start, b, h, c, T, H, C, GATED)
     D *= strength[None, :]
     at = (bh.to(tl.int64) * tl.num_programs(0) + c) * C
     tl.store(edges + at + r, since)
@@ -86,16 +94,17 @@ def _inside(q, k, g, beta, doc, A, P, edges, T, H, G, K: tl.constexpr, C: tl.con
     qt = tl.load(q + rows, mask=ok[:, None], other=0.0)
     tl.store(P + tile, tl.where(i >= j, D * dot(qt, tl.trans(kt)), 0.0).to(P.dtype.element_ty))
     N = (D * dot(kt, tl.trans(kt))).to(INNER)
-    X = tl.where(i == j, 1.0, 0.0)
+    X = tl.where(i == j, 1.0, 0.0).to(INNER)
     # Blocks of the diagonal are inverted, then pairs of them joined: [[X1, 0], [-X2 N21 X1, X2]]. Whatever is formed
-    # is bounded by beta, so fp16 does; powers of N, a Neumann series, would grow like binomial coefficients.
+    # is bounded by beta, so fp16 does, and each number once: powers of N, a Neumann series, would grow like binomial
+    # coefficients.
     for level in tl.static_range(LEVELS):
         corner = (i >> level + 1 == j >> level + 1) & (i >> level > j >> level)
         below = tl.where(corner, N, 0.0).to(INNER)
         if level == 0:
-            X -= below.to(tl.float32)
+            X -= below
         else:
-            X -= dot(X.to(INNER), dot(below, X.to(INNER)).to(INNER))
+            X -= dot(X, dot(below, X).to(INNER)).to(INNER)
     tl.store(A + tile, X.to(A.dtype.element_ty))
 
 
@@ -198,18 +207,21 @@ class Forward(NamedTuple):
     maps: Tensor          # (B, H, segments, K, K) fp32: what each segment does to the state before it
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor,
+def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: Tensor, S: Tensor,
             save: bool, chunk: int, length: int) -> Forward:
-    """q, k (B, T, G, K), v (B, T, H, V) of one 16-bit type or fp32, g (none: no decay) and beta (B, T, H), doc (B, T)
-    int32 documents begun so far, S (B, H, K, V) fp32, all contiguous. Without save, w and states are empty. Segments of
-    `length` chunks run side by side; maps are empty where there is one."""
+    """q, k (B, T, G, K), v (B, T, H, V) of one 16-bit type or fp32, g (none: no decay) and beta (B, T, H), start (B, T)
+    uint8, 1 where a document begins, S (B, H, K, V) fp32, all contiguous. Without save, w and states are empty.
+    Segments of `length` chunks run side by side; maps are empty where there is one."""
     B, T, H, V = v.shape
     G, K, NT, C, even = q.shape[2], q.shape[3], cdiv(T, chunk), chunk, T % chunk == 0
     A, P = q.new_empty(B, H, NT, C, C), q.new_empty(B, H, NT, C, C)
     edges, y = S.new_empty(2, B, H, NT, C), torch.empty_like(v)
     w, states = (torch.empty_like(v), q.new_empty(B, H, NT, K, V)) if save else (v.new_empty(0), v.new_empty(0))
-    _inside[NT, B * H](q, k, beta if g is None else g, beta, doc, A, P, edges, T, H, G, K, C, g is not None, even,
-                       C.bit_length() - 1, tl.float32 if q.dtype == torch.float32 else tl.float16, num_warps=4)
+    single = q.dtype == torch.float32
+    # 128 registers: four programs a processor. With those of three, a seventh slower; with those of five, twice.
+    _inside[NT, B * H](q, k, beta if g is None else g, beta, start, A, P, edges, T, H, G, K, C, g is not None, even,
+                       C.bit_length() - 1, tl.float32 if single else tl.float16, num_warps=4,
+                       maxnreg=None if single else 128)
     BV, warps, stages = fit(ACROSS, K, V)
     segments = cdiv(NT, length)
     common = (T, NT, length, H, G, K, V, C, BV)

@@ -76,7 +76,7 @@ def _reverse(q, k, A, P, edges, dy, after, dv, dstates, before, T, NT, length, H
 
 
 @triton.jit(do_not_specialize=["T"])
-def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, X, E, dq, dk, dg, dbeta, T, H, G, K: tl.constexpr,
+def _gradients(q, k, g, beta, start, w, states, dy, dv, dstates, X, E, dq, dk, dg, dbeta, T, H, G, K: tl.constexpr,
                V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr,
                EVEN: tl.constexpr):
     c, bh = tl.program_id(0), tl.program_id(1)
@@ -95,7 +95,7 @@ def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, X, E, dq, dk, dg,
     wt = tl.load(w + head * V + values, mask=ok[:, None], other=0.0)
     dyt = tl.load(dy + head * V + values, mask=ok[:, None], other=0.0)
     strength = tl.load(beta + head + token, mask=ok, other=0.0).to(tl.float32)
-    D, since, until = decays(g, doc, b, h, c, T, H, C, GATED)
+    D, since, until = decays(g, start, b, h, c, T, H, C, GATED)
     one = tl.where(i >= j, D * dot(dyt, tl.trans(wt)), 0.0)
     tl.store(X + tile, (one * strength[None, :]).to(q.dtype.element_ty))
     dvt = tl.load(dv + head * V + values, mask=ok[:, None], other=0.0)
@@ -143,7 +143,7 @@ def _gradients(q, k, g, beta, doc, w, states, dy, dv, dstates, X, E, dq, dk, dg,
         tl.store(dg + head + token, passed.to(dg.dtype.element_ty), mask=ok)
 
 
-def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
+def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, start: Tensor, A: Tensor, P: Tensor, edges: Tensor,
              w: Tensor, states: Tensor, maps: Tensor, dy: Tensor, dS: Tensor,
              length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g (empty without gates) and the initial state, from what forward() saved."""
@@ -172,7 +172,7 @@ def backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, 
     X, E = (torch.empty_like(A) for _ in range(2))
     # Two trips at least: a loop of one is no loop, and its tiles are all held at once, in hundreds of spills. What is
     # made of keys alone is cut too: of 256 columns, or many more than values have, ptxas takes addresses amiss.
-    _gradients[NT, B * H](q, k, beta if g is None else g, beta, doc, w, states, dy, dv, dstates, X, E, dq, dk, dg,
+    _gradients[NT, B * H](q, k, beta if g is None else g, beta, start, w, states, dy, dv, dstates, X, E, dq, dk, dg,
                           dbeta, T, H, G, K, V, C, min(BK, K // 2), min(K, V, 128), g is not None, even,
                           num_warps=warps, num_stages=1)
     if G < H:

@@ -92,22 +92,21 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start
     if beta.shape != v.shape[:3]:
         raise ValueError(f"beta {(*beta.shape,)} does not go with values {(*v.shape,)}: one a token and head")
     save = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (q, k, v, g, beta, S))
-    doc = start.cumsum(1, dtype=torch.int32)
-    q, k, v, beta, S = (z.contiguous() for z in (q, k, v, beta, S))
+    q, k, v, beta, S, start = (z.contiguous() for z in (q, k, v, beta, S, start.view(torch.uint8)))
     g = None if g is None else g.contiguous()
     length = length or kernels.segment(v, q.shape[3], g is not None, chunk)
-    y, S, *_ = _forward(q, k, v, g, beta, doc, S, save, chunk, length)
+    y, S, *_ = _forward(q, k, v, g, beta, start, S, save, chunk, length)
     return y, S
 
 
 @torch.library.custom_op("stepladder::delta", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor, save: bool,
+def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: Tensor, S: Tensor, save: bool,
              chunk: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return kernels.forward(q, k, v, g, beta, doc, S, save, chunk, length)
+    return kernels.forward(q, k, v, g, beta, start, S, save, chunk, length)
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, S: Tensor, save: bool,
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: Tensor, S: Tensor, save: bool,
       chunk: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, V), K = v.shape, q.shape[3]
     N = -(-T // chunk)
@@ -118,15 +117,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc: Tens
 
 
 @torch.library.custom_op("stepladder::delta_backward", mutates_args=())
-def _backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
+def _backward(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, start: Tensor, A: Tensor, P: Tensor, edges: Tensor,
               w: Tensor, states: Tensor, maps: Tensor, dy: Tensor, dS: Tensor,
               length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backward_kernels.backward(q, k, g, beta, doc, A, P, edges, w, states, maps, dy.contiguous(), dS.contiguous(),
-                                     length)
+    return backward_kernels.backward(q, k, g, beta, start, A, P, edges, w, states, maps, dy.contiguous(),
+                                     dS.contiguous(), length)
 
 
 @_backward.register_fake
-def _(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tensor, P: Tensor, edges: Tensor,
+def _(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, start: Tensor, A: Tensor, P: Tensor, edges: Tensor,
       w: Tensor, states: Tensor, maps: Tensor, dy: Tensor, dS: Tensor,
       length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dg = beta.new_empty(0) if g is None else torch.empty_like(g)
@@ -135,9 +134,9 @@ def _(q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, doc: Tensor, A: Tens
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, _, g, beta, doc, *_, ctx.length = inputs
+    q, k, _, g, beta, start, *_, ctx.length = inputs
     ctx.set_materialize_grads(False)        # what is saved beside y and S has none, and is large
-    ctx.save_for_backward(q, k, g, beta, doc, *output[2:])
+    ctx.save_for_backward(q, k, g, beta, start, *output[2:])
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dS: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

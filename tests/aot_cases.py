@@ -84,9 +84,9 @@ def delta_sizes() -> None:
 
 def _delta(K: int, V: int, T: int, gated: bool, length: int, H: int = 16) -> None:
     q, v = torch.empty(1, T, H, K, dtype=BF16), torch.empty(1, T, H, V, dtype=BF16)
-    beta, doc, S = torch.empty(1, T, H), torch.empty(1, T, dtype=torch.int32), torch.empty(1, H, K, V)
-    saved = delta_kernels.forward(q, q, v, beta if gated else None, beta, doc, S, True, 64, length)[2:]
-    delta_backward_kernels.backward(q, q, beta if gated else None, beta, doc, *saved, v, S, length)
+    beta, start, S = torch.empty(1, T, H), torch.empty(1, T, dtype=torch.uint8), torch.empty(1, H, K, V)
+    saved = delta_kernels.forward(q, q, v, beta if gated else None, beta, start, S, True, 64, length)[2:]
+    delta_backward_kernels.backward(q, q, beta if gated else None, beta, start, *saved, v, S, length)
 
 
 def ssd() -> None:

@@ -108,9 +108,12 @@ def walk(code: list[Instruction], entries: dict[str, State]) -> list[tuple[str, 
 
 
 def descriptors(product: Instruction) -> list[str]:
-    """Two registers for each operand in shared memory. B's are the latter two even where A lies in registers."""
-    first = re.search(r"gdesc\[UR(\d+)\]", " ".join(product.operands))
+    """Two registers for each operand in shared memory. B's are the latter two even where A lies in registers. One of
+    no address, which ptxas puts in to wait for those before it, has none."""
+    first = re.search(r"gdesc\[UR(\d+|Z)\]", " ".join(product.operands))
     assert first is not None, product
+    if first[1] == "Z":
+        return []
     return [f"UR{int(first[1]) + n}" for n in range(2 if product.operands[1].startswith("R") else 0, 4)]
 
 

@@ -91,6 +91,10 @@ def test_an_operand_in_registers_has_no_place() -> None:
     assert hazards("", sass(*code[:-2], "R2UR UR6, R4", code[-1])) != []
 
 
+def test_a_product_of_no_address_strays_nowhere() -> None:
+    assert hazards("", sass(*BASE, PRODUCT, "HGMMA.64x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0", "EXIT")) == []
+
+
 def test_what_a_loop_leaves_in_registers_is_known_where_it_begins_again() -> None:
     begin = f"{16 * len(BASE):x}"
     code = [*BASE, PRODUCT, "S2R R0, SR_CTAID.X", "R2UR UR4, R0", f"@P0 BRA 0x{begin}"]
