@@ -29,7 +29,7 @@ from stepladder.model.decoder import flops, parameters
 from stepladder.parallel import checkpoint, spans
 from stepladder.parallel.build import Parts, build
 from stepladder.parallel.checkpoint import CheckpointError, Store
-from stepladder.parallel.checkpoint_folder import step_of
+from stepladder.parallel.checkpoint_folder import step_of, way_back
 from stepladder.parallel.lock import Lock
 from stepladder.parallel.mesh import Mesh
 from stepladder.parallel.optimizer import Optimizer, Report
@@ -114,6 +114,7 @@ class Trainer:
             self.optimizer.loaded()
         self.stop.meet(self.meeting, self.world.rank, self.world.size, self.at + 1)
         self.skipped = int(self.optimizer.skipped)           # steps, as far as events.jsonl knows
+        self.streak = int(self.optimizer.streak)             # of them in a row, when it was last asked
         self.log = Log(self.folder, main=self.world.main, total_steps=run.train.steps, step=self.at,
                        every=run.train.log_every)
         self.flops = 3 * flops(run.model, run.data.seq)
@@ -185,7 +186,7 @@ class Trainer:
         c, t = self.run.checkpoint, self.run.train
         waiting: Late | None = None
         self.clock.start(self.loader.waited)
-        compared, save = 0, False
+        compared, saved = 0, False
         while self.at < end and self.stop.may_begin(self.at + 1):
             batches = [next(self.loader) for _ in range(self.plan.accumulation)]
             self.at += 1
@@ -206,27 +207,35 @@ class Trainer:
             waiting, last = late, self.at == end
             held_out = t.eval_every > 0 and (last or self.at % t.eval_every == 0)
             save = last or (c.every > 0 and self.at % c.every == 0)
+            saved = False
             if held_out or save:
-                self._settle(late, save, held_out)
+                saved = self._settle(late, save, held_out, last)
                 waiting = None
         if self.at < end:
             self.stopped = self.stop.asked
             self.events.add("signal", signal=self.stopped, step=self.at)
-            if not save:
-                self._settle(waiting, save=True)
+            if not saved:
+                self._settle(waiting, save=True, last=True)
         with watch.rest():
             self.store.finish()
 
-    def _settle(self, late: Late | None, save: bool, evaluate: bool = False) -> None:
-        """Between two steps. late: what is not logged yet of the one before."""
+    def _settle(self, late: Late | None, save: bool, evaluate: bool = False, last: bool = False) -> bool:
+        """Between two steps. late: what is not logged yet of the one before. Whether there is a checkpoint of it.
+
+        While steps are skipped none is made but the last: it would be of the same weights, and push better ones out.
+        """
         if late is not None:
-            late.read()                                      # before the watch rests: no step is under way now
+            self.streak = int(late.read()[0].streak)         # before the watch rests: no step is under way now
+        if save and self.streak and not last:
+            self._tell(f"step {self.at} is not saved: {self.streak} in a row have changed nothing")
+            save = False
         with watch.rest():
             if save:                                         # first: an evaluation that fails must not cost it
                 self.save()
             if late is not None:
                 self._record(late, evaluate)
         self.clock.start(self.loader.waited)                 # the next step's time is its own
+        return save
 
     def save(self) -> None:
         self.store.finish()              # the save before speaks over the same group, in a thread
@@ -238,7 +247,7 @@ class Trainer:
                 "tokens": self.tokens, "cursor": whole,
                 "tokenizer": {"name": self.tokenizer.name, "hash": self.tokenizer.hash}}
         state, shapes = self.optimizer.state(), self.optimizer.shapes()
-        self.optimizer.copying = self.store.save(self.at, state, meta, shapes=shapes)
+        self.optimizer.copying = self.store.save(self.at, state, meta, shapes=shapes, prune=not self.streak)
 
     def evaluate(self) -> float:
         """Mean negative log-likelihood of the first held-out rows, the same ones every time."""
@@ -276,10 +285,12 @@ class Trainer:
         if int(r.skipped) > self.skipped:
             self.skipped = int(r.skipped)
             self.events.add("skip", step=late.step, skipped=self.skipped)
-        if int(r.streak) >= self.run.train.max_skipped:
-            raise TrainingError(f"{int(r.streak)} steps in a row had a gradient that is not finite, the last one step "
-                                f"{late.step}; the data then stood at {self.cursor}; resume from the last checkpoint "
-                                f"with a lower optimizer.lr, or raise train.max_skipped")
+        if (streak := int(r.streak)) >= self.run.train.max_skipped:
+            first = late.step - streak + 1
+            self.store.finish()
+            back = way_back(self.store.folder, first)
+            raise TrainingError(f"{streak} steps in a row, {first} to {late.step}, had a gradient that is not finite "
+                                f"and changed nothing; {back}, or raise train.max_skipped if it is the data")
 
     def _left_out(self, step: int) -> int:
         """Shards of which blocks were left out, told by whichever rank reads them. One that two read counts twice."""

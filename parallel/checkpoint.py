@@ -131,10 +131,11 @@ class Store:
         self.sound: Path | None = None  # its checksums were compared here
 
     def save(self, step: int, state: dict[str, Tensor], meta: dict, *,
-             shapes: dict[str, tuple[int, ...]]) -> torch.cuda.Event | None:
+             shapes: dict[str, tuple[int, ...]], prune: bool = True) -> torch.cuda.Event | None:
         """Save state (DTensors on every rank that holds a part; plain tensors equal everywhere) as step.
 
         shapes: the declared global shape of every name in state. meta: JSON values with string keys; rank 0's is kept.
+        prune: remove those that it supersedes.
         Returns when the tensors have been copied, so they may change at once; on a GPU when the copies are queued
         beside the kernels to come, and then what changes the tensors must wait for the event that is returned.
         Raises CheckpointError on all ranks if state is not what was declared; a failure to write is reported instead.
@@ -149,7 +150,7 @@ class Store:
         copied = self._copy(planner, agreement)
         # The thread uses collectives, safely: they run on the store's own gloo group, whose connections nothing else
         # uses, on CPU memory, and `finish` above keeps it to one thread of every rank at a time, in the same order.
-        work = (step, agreement, text, copied)
+        work = (step, agreement, text, copied, prune)
         if self.background:
             self.thread = threading.Thread(target=self._write, args=work, name=f"save step {step}", daemon=True)
             self.thread.start()
@@ -252,7 +253,8 @@ class Store:
         copied.record(self.stream)
         return copied
 
-    def _write(self, step: int, agreement: Agreement, meta: str, copied: torch.cuda.Event | None) -> None:
+    def _write(self, step: int, agreement: Agreement, meta: str, copied: torch.cuda.Event | None,
+               prune: bool) -> None:
         """Every rank writes its file, then rank 0 publishes the checkpoint or all take it back."""
         temporary = self.folder / f"step-{step:08d}.tmp-{self.token}"
         try:
@@ -268,7 +270,7 @@ class Store:
                     entry = (name, agreement.size, write_file(temporary / name, self.buffer.numpy().data))
             except Exception as error:  # whatever it was, the other ranks are waiting for an answer
                 entry = f"rank {self.ranks.rank}: {error or type(error).__name__}"
-            problem = self._publish(step, temporary, self.ranks.gather(entry), agreement, meta)
+            problem = self._publish(step, temporary, self.ranks.gather(entry), agreement, meta, prune)
             problem = self.ranks.share(problem)
             if problem is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -282,7 +284,8 @@ class Store:
         self.failures.append(text)
         self.on_failure(text)
 
-    def _publish(self, step: int, temporary: Path, entries: list, agreement: Agreement, meta: str) -> str | None:
+    def _publish(self, step: int, temporary: Path, entries: list, agreement: Agreement, meta: str,
+                 prune: bool) -> str | None:
         """Rank 0: write the index, rename, remove what is no longer kept. Returns what went wrong, if it did."""
         if self.ranks.rank != 0:
             return None
@@ -299,7 +302,7 @@ class Store:
                     self._discard(final)
                 temporary.rename(final)
                 sync_folder(self.folder)
-                for path in superseded(self.folder, step, self.keep_last, self.keep_every):
+                for path in superseded(self.folder, step, self.keep_last, self.keep_every) if prune else ():
                     self._discard(path)
         except Exception as error:  # as in _write: the others are waiting
             problem = str(error) or type(error).__name__

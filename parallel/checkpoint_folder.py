@@ -92,6 +92,17 @@ def superseded(folder: Path, step: int, keep_last: int, keep_every: int) -> list
     return [path for path in whole + torn if path not in kept and step_of(path) < step]
 
 
+def way_back(folder: Path, first: int) -> str:
+    """What to do when steps since `first` had no finite gradient: the step before may have made the weights so."""
+    found = steps(folder)
+    good = next((path for path in found if step_of(path) < first - 1), None)
+    if good is None:
+        return "start in another folder with a lower optimizer.lr"
+    later = [path.name for path in found if step_of(path) > step_of(good)]
+    remove = f"remove {', '.join(later)} from {folder} and " if later else ""
+    return f"{remove}run the same again with a lower optimizer.lr: it goes on from step {step_of(good)}"
+
+
 def sweep(folder: Path, token: str) -> None:
     """Remove what saves that died have left behind. Only a store that writes does this, so that none reads it."""
     for path in folder.glob("step-*.tmp-*"):

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -232,17 +233,37 @@ def test_a_folder_that_holds_something_else_is_left_alone(refused):
 # --- while it trains
 
 
-def test_steps_that_stay_non_finite_stop_the_run_at_a_named_place(trained, refused, train):
-    sentence, out = refused("train", "run.toml", "train.steps=50", "train.max_skipped=3", "optimizer.lr=1e30")
-    last = records()[-1]
-    assert sentence.startswith(f"3 steps in a row had a gradient that is not finite, the last one step {last['step']};")
-    assert last["skipped"] == 3
-    assert "'lanes': 4, " in sentence                            # the cursor: lanes, row, and where each lane stands
-    assert "'row': " in sentence
-    assert sentence.endswith("with a lower optimizer.lr, or raise train.max_skipped")
+BROKEN = ("run.toml", "train.steps=50", "train.max_skipped=3", "optimizer.lr=1e30")
+
+
+def test_steps_that_stay_non_finite_stop_the_run_and_it_goes_on_from_before_them(trained, refused, train):
+    sentence, out = refused("train", *BROKEN)
+    assert sentence == ("3 steps in a row, 4 to 6, had a gradient that is not finite and changed nothing; run the same "
+                        "again with a lower optimizer.lr: it goes on from step 2, or raise train.max_skipped if it is "
+                        "the data")
+    assert records()[-1]["skipped"] == 3
     assert out.count("grad not finite") == 3
     assert saved() == trained
     assert "from step 2 in " in train("train.steps=3")
+
+
+def test_checkpoints_of_steps_that_changed_nothing_push_no_other_out(trained, refused, train):
+    sentence, out = refused("train", *BROKEN, "checkpoint.every=1", "checkpoint.keep_last=2")
+    assert saved() == [*trained, "step-00000003"]                # whose step made the weights what they are
+    assert out.count("is not saved: ") == 3
+    assert "changed nothing; remove step-00000003 from runs/run/checkpoints and run the same again" in sentence
+    assert sentence.count("it goes on from step 2, ") == 1
+    shutil.rmtree(FOLDER / "checkpoints/step-00000003")
+    assert "from step 2 in " in train("train.steps=4")
+    assert records()[-1]["skipped"] == 0
+
+
+def test_the_last_step_is_saved_though_it_changed_nothing_and_pushes_none_out(trained, refused, train):
+    train(*BROKEN[1:], "checkpoint.keep_last=1", "--steps-now", "3")
+    assert saved() == [*trained, "step-00000005"]
+    sentence, _ = refused("train", *BROKEN)                      # the streak goes on where it was
+    assert sentence.startswith("3 steps in a row, 4 to 6, had ")
+    assert " remove step-00000005 from " in sentence
 
 
 def test_a_stop_signal_saves_and_ends_with_code_0(train):

@@ -136,7 +136,7 @@ def test_what_would_fail_again_takes_the_marker_away_and_what_cut_the_run_off_le
     assert [e["event"] for e in told] == ["start", "fault", "start", "skip", "skip", "fault"]
     assert told[0]["environment"]["NCCL_SOCKET_IFNAME"] == "eth0"
     assert "hunter2" not in (run / "events.jsonl").read_text()
-    assert told[-1]["error"].startswith("2 steps in a row had a gradient that is not finite")
+    assert told[-1]["error"].startswith("2 steps in a row, 2 to 3, had a gradient that is not finite")
 
 
 @pytest.mark.parametrize(("error", "stands"), [
