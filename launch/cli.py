@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from stepladder.launch.events import refusals
+from stepladder.launch.toml import nearest
 
 ABOUT = """\
 Pretrain decoders that mix attention, recurrence and experts, over many GPUs; resume exactly; sample.
@@ -126,6 +127,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.set_defaults(program=program)
     # DeepSpeed's launcher puts a flag of its own in front of every program's; launch/world.py reads its variables.
     given = [text for text in (sys.argv[1:] if argv is None else argv) if not text.startswith("--local_rank=")]
+    asked = next((text for text in given if not text.startswith("-")), None)
+    if asked is not None and asked not in COMMANDS:
+        parser.error(f"there is no command {asked}{nearest(asked, COMMANDS)}; there are {', '.join(COMMANDS)}")
     args, rest = parser.parse_known_args(given)
     if args.command in ("train", "slurm"):    # argparse takes no overrides after a flag: run.toml --folder DIR x.y=9
         args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]

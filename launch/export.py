@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
         for name, (shape, dtype) in tensors.items():
             value = torch.empty(shape, dtype=dtype)
             fill(path, {name: value}, index)
+            if value.dtype.itemsize > 1 and not value.isfinite().all():  # which torch cannot ask of 8 bits
+                raise CheckpointError(f"{path}: {name} is not finite; choose an earlier checkpoint")
             yield value
 
     notes = {"format": "pt", "step": str(about["step"]), "config": about["config"]}

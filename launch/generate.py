@@ -54,7 +54,7 @@ def sample(decoder: Decoder, prompts: Sequence[Sequence[int]], tokens: int, how:
 
     stop: a row ends before this id. vocab: only ids below it are chosen (the tokenizer may have fewer than the model).
     chunk: prompt tokens read at once. on_token: told (row, id) as soon as it is chosen.
-    Raises ValueError for prompts that the model cannot read, or not that far.
+    Raises ValueError for prompts that the model cannot read, or not that far, and where its logits are not finite.
     """
     check(decoder.cfg, prompts, tokens)
     device = next(decoder.parameters()).device
@@ -68,7 +68,11 @@ def sample(decoder: Decoder, prompts: Sequence[Sequence[int]], tokens: int, how:
     live = set(range(len(prompts)))       # a row that has ended is computed on unread: the step keeps its shapes
     for n in range(tokens):
         ids = choose(logits[:, :vocab], luck[:, n], how)                                   # (B,)
+        ids = ids.where(logits.isfinite().all(-1), -1)
         for row, token in enumerate(ids.tolist()):                                         # the one wait for the device
+            if token < 0 and row in live:
+                raise ValueError(f"the logits after {lengths[row] + n} tokens of prompt {row + 1} are not finite; "
+                                 f"{_broken(decoder)}; choose an earlier checkpoint")
             if token == stop:
                 live.discard(row)
             elif row in live:
@@ -122,6 +126,11 @@ def _next(decoder: Decoder, tokens: Tensor, read: Tensor, states: States) -> Ten
     """tokens (B, S) after `read` (B,) others -> logits (B, V) of what follows the last."""
     s = decoder(tokens, Context.after(read, tokens.shape[1]), states)
     return decoder.finish(Stream(s.read(0).h[:, -1:]))[0].squeeze(1)
+
+
+def _broken(decoder: Decoder) -> str:
+    broken = next((name for name, p in decoder.named_parameters() if not p.isfinite().all()), None)
+    return f"neither is {broken}" if broken else "its weights are, and too large to compute with"
 
 
 def _prefill(decoder: Decoder, prompt: Tensor, states: States, chunk: int) -> Tensor:

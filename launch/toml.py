@@ -10,6 +10,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+MEANT = {"fp16": "bf16", "float16": "bf16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+
 
 class ConfigError(ValueError):
     """A run that cannot start; the message names the key, both values and the way out."""
@@ -111,8 +113,9 @@ def _unknown(key: str, known: Iterable[str], path: str) -> str:
 
 
 def nearest(name: Any, known: Iterable[Any]) -> str:
-    """A question about the known name that `name` resembles, or nothing."""
-    near = get_close_matches(str(name), list(map(str, known)), n=1)
+    """A question about the known name that means the same, or that `name` resembles, or nothing."""
+    names = list(map(str, known))
+    near = [x for x in names if x == MEANT.get(str(name))] or get_close_matches(str(name), names, n=1)
     return f", did you mean {near[0]}?" if near else ""
 
 

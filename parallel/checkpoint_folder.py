@@ -51,10 +51,11 @@ def meta(path: Path) -> dict:
 def refuse_mismatch(saved: dict, ours: dict) -> None:
     """Refuse to continue with another model or other data: raises CheckpointError naming the first key that differs.
 
-    Both are nested dicts of what must be equal, such as {"model": config["model"], "manifest": hash}.
+    Both are nested dicts of what must be equal, such as {"model": config["model"], "manifest": hash}. Another kind of
+    mixer is named before what the two kinds are told.
     """
     theirs, mine = _dotted(saved), _dotted(ours)
-    for key in sorted(theirs.keys() | mine.keys()):
+    for key in sorted(theirs.keys() | mine.keys(), key=lambda key: (not key.endswith(".kind"), key)):
         a, b = (repr(values[key]) if key in values else "nothing" for values in (theirs, mine))
         if a != b:
             raise CheckpointError(

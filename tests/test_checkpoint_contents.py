@@ -107,6 +107,13 @@ def test_the_first_differing_key_is_named_with_both_values():
         checkpoint.refuse_mismatch(saved, {"model": saved["model"]})
 
 
+def test_another_mixer_is_named_before_its_knobs():
+    gla, mamba = ({"model": {"blocks": {"a": {"token": token}}}} for token in (
+        {"kind": "gla", "heads": 4, "gate_rank": 16}, {"kind": "mamba", "channels": 64}))
+    with pytest.raises(CheckpointError, match=r"token.kind: the checkpoint was made with 'gla', this run has 'mamba'"):
+        checkpoint.refuse_mismatch(gla, mamba)
+
+
 def test_undeclared_state_is_refused(tmp_path):
     store, w = Store(tmp_path), torch.zeros(2, 3)
     for state, shapes, says in [
@@ -296,3 +303,12 @@ def save_in_a_folder_of_its_own(rank, n, run):
 
 def test_a_run_folder_that_is_not_shared_is_a_failed_save(tmp_path):
     ranks.run(2, save_in_a_folder_of_its_own, str(tmp_path))
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    shapes = {"model/a": (2,), "model/w": (3,)}
+    state = {"model/a": torch.ones(2), "model/w": torch.tensor([1.0, torch.inf, 2.0])}
+    Store(tmp_path, background=False).save(1, state, META, shapes=shapes)
+    with pytest.raises(CheckpointError, match=r"step-00000001: model/w is not finite; choose an earlier checkpoint"):
+        export.run(argparse.Namespace(run=str(tmp_path), out=str(tmp_path / "out.safetensors")))
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoints"]

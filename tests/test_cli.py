@@ -74,6 +74,7 @@ def test_overrides_may_stand_before_and_after_flags():
     (["prepare", "x", "--out", "y", "--block-bytes", "many"], "many must be a number of bytes above 0, like 4096"),
     (["inspect", "x", "--documents", "2", "y"], "stepladder inspect: error: unknown arguments y"),
     ([], "the following arguments are required: COMMAND"),
+    (["trian", "run.toml"], "there is no command trian, did you mean train?; there are demo, support, keys, "),
 ])
 def test_bad_arguments_are_named_and_exit_with_2(capsys, args, sentence):
     with pytest.raises(SystemExit) as caught:

@@ -161,6 +161,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
     ("data.heldout", 1.0, "data.heldout = 1.0 is out of range; it must be at least 0 and below 1"),
     ("optimizer.betas", [0.9, 1.0], "optimizer.betas[1] = 1.0 is out of range; it must be at least 0 and below 1"),
     ("optimizer.lr", 0, "optimizer.lr = 0.0 is out of range; it must be above 0"),
+    ("train.dtype", "fp16", 'train.dtype = "fp16" is not one of "bf16", "fp32", "fp64", did you mean bf16?'),
     ("train.dtype", "bf61", 'train.dtype = "bf61" is not one of "bf16", "fp32", "fp64", did you mean bf16?'),
     ("parallel.tp", 0, "parallel: tp = 0 must be at least 1"),
     ("parallel.shard_ctas", 65, "parallel: shard_ctas = 65 must be 1 to 64, NCCL's most, or 0 for its choice"),

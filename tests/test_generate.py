@@ -1,6 +1,7 @@
 """Generating: the recurrent form says what the parallel form says, and a row's text is its own."""
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -156,6 +157,15 @@ def test_rare_tokens_of_a_large_vocabulary_are_told_apart():
 def test_prompts_that_cannot_be_read_are_refused(decoder, prompts, tokens, sentence):
     with pytest.raises(ValueError, match=sentence):
         sample(decoder, prompts, tokens, GREEDY)
+
+
+@pytest.mark.parametrize(("value", "why"), [(math.nan, "neither is {}"), (1e308, "its weights are, and too large")])
+def test_logits_that_are_not_finite_are_refused(value, why):
+    broken = model()
+    name, weight = [*broken.named_parameters()][-1]
+    weight.data.fill_(value)
+    with pytest.raises(ValueError, match="the logits after 9 tokens of prompt 1 are not finite; " + why.format(name)):
+        sample(broken, PROMPTS, 5, GREEDY)
 
 
 @pytest.mark.parametrize(("knob", "value"), [
