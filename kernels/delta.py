@@ -40,12 +40,6 @@ def _add(begun1, sum1, rest1, begun2, sum2, rest2):
 
 
 @triton.jit
-def _one(begun1, sum1, rest1, begun2, sum2, rest2):
-    """Of numbers that are 0 but for one: one pass between warps for three."""
-    return begun1 + begun2, sum1 + sum2, rest1 + rest2
-
-
-@triton.jit
 def decays(g, start, b, h, c, T, H, C: tl.constexpr, GATED: tl.constexpr):
     """D (C, C), symmetric, since and until (C,). -1 in since: the token is of a document that began in this chunk.
 
@@ -61,16 +55,15 @@ def decays(g, start, b, h, c, T, H, C: tl.constexpr, GATED: tl.constexpr):
         begun, s, rest = tl.associative_scan((begun, x, tl.zeros_like(x)), 0, _add)
     else:
         begun = tl.cumsum(begun, 0)
-    same = begun[:, None] == begun[None, :]
+    same, last = begun[:, None] == begun[None, :], begun == tl.max(begun, 0)
     if GATED:
         D = (s[:, None] - s[None, :]) + (rest[:, None] - rest[None, :])
         D = tl.where(same, tl.where(r[:, None] < r[None, :], -D, D), 0.0)
-        end = r == C - 1
-        last, whole, whole_rest = tl.reduce((tl.where(end, begun, 0), tl.where(end, s, 0.0), tl.where(end, rest, 0.0)),
-                                            0, _one)
+        end = tl.sum(tl.where(r == C - 1, s, 0.0), 0)
+        end_rest = tl.sum(tl.where(r == C - 1, rest, 0.0), 0)
         return (tl.where(same, tl.exp2(D), 0.0), tl.where(begun == 0, tl.exp2(s + rest), -1.0),
-                tl.where(begun == last, tl.exp2((whole - s) + (whole_rest - rest)), 0.0))
-    return same.to(tl.float32), tl.where(begun == 0, 1.0, -1.0), (begun == tl.max(begun, 0)).to(tl.float32)
+                tl.where(last, tl.exp2((end - s) + (end_rest - rest)), 0.0))
+    return same.to(tl.float32), tl.where(begun == 0, 1.0, -1.0), last.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"])      # rows of any length run what one of them compiled
