@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +34,8 @@ _GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 # tiktoken's regex engine overflows its stack on a million blanks in a row; Hugging Face's does not.
 _LONG_BLANK = 1 << 18
 _BLANK = re.compile(rf"\s{{{_LONG_BLANK}}}")
+# Training costs the square of a word's length: 100,000 letters without a blank take 4 s, half a million minutes.
+_LONG_WORD = re.compile(r"\S{1024}|\s{1024}")
 
 
 class Tokenizer:
@@ -154,8 +156,17 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator((piece for text in texts for piece in _cut(text)), trainer)
     return Tokenizer(model.to_str())
+
+
+def _cut(text: str) -> Iterator[str]:
+    """The text, in pieces where words are so long that they are none."""
+    begin = 0
+    for found in _LONG_WORD.finditer(text):
+        yield text[begin : found.end()]
+        begin = found.end()
+    yield text[begin:]
 
 
 def _read(source: str, where: str) -> tokenizers.Tokenizer:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import pytest
 
@@ -74,6 +75,13 @@ def test_saved_tokenizers_are_the_same_again(bpe, tmp_path):
 
 def test_training_again_gives_the_same_tokenizer(bpe):
     assert tokenizer.train_bpe(texts(400), 600).hash == bpe.hash
+
+
+def test_a_word_of_a_million_letters_is_no_word_to_train_on():
+    """It would cost its length squared: 100,000 letters took 4 s."""
+    began = time.monotonic()
+    assert tokenizer.train_bpe(["one two " + "abcdefgh" * 125_000, " " * 500_000], 300).vocab > 280
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "words"])
