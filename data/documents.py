@@ -1,9 +1,11 @@
-"""Input files to documents: a plain text file is one document, a line of JSONL is one; both may be .zst."""
+"""Input files to documents: a plain text file is one document, a line of JSONL is one; both may be packed."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,10 @@ try:
     import zstandard
 except ImportError:              # plain text and JSONL need none
     zstandard = None
+
+LINES = (".jsonl", ".ndjson")  # one document a line
+PACKED = (".zst", ".gz")
+KNOWN = f"text, {' or '.join(LINES)} files, packed as {' or '.join(PACKED)} or not"
 
 
 class Part(NamedTuple):
@@ -38,7 +44,7 @@ def find(inputs: Sequence[str | Path], but: Path) -> list[Path]:
                 raise ValueError(f"{_twice(given, file, other, before)}: name it once")
             files.append(file)
     if not files:
-        raise ValueError("no inputs given: name text files, .jsonl or .jsonl.zst files, or folders of them")
+        raise ValueError(f"no inputs given: name {KNOWN}, or folders of them")
     return files
 
 
@@ -82,7 +88,7 @@ def chunks(files: Sequence[Path], size: int) -> Iterator[tuple[list[Part], int]]
     chunk: list[Part] = []
     have = before = 0
     for file in files:
-        jsonl = file.name.removesuffix(".zst").endswith((".jsonl", ".ndjson"))
+        jsonl = (file.stem if file.suffix in PACKED else file.name).endswith(LINES)
         with _open(file) as (raw, stream):
             line = 1
             while data := _lines(stream, size - have) if jsonl else stream.read():
@@ -104,7 +110,7 @@ def texts(part: Part, key: str) -> Iterator[str]:
             text = part.data.decode()
         except UnicodeDecodeError as error:
             line = part.line + part.data.count(b"\n", 0, error.start)
-            raise ValueError(f"{part.file}:{line}: not UTF-8: {error.reason}") from None
+            raise _not_utf8(f"{part.file}:{line}", error) from None
         if text:
             yield text
         return
@@ -119,7 +125,9 @@ def _text(line: bytes, key: str, where: str) -> str:
     try:
         table = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8: {error.reason}") from None
+        raise _not_utf8(where, error) from None
+    except json.JSONDecodeError as error:  # its own text counts lines anew
+        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(table, dict):
@@ -136,6 +144,11 @@ def _text(line: bytes, key: str, where: str) -> str:
     return text
 
 
+def _not_utf8(where: str, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{where}: not UTF-8: {error.reason}; convert it (with iconv, say), or unpack it: what is read "
+                      f"is {KNOWN}")
+
+
 def _lines(stream: io.BufferedReader, size: int) -> bytes:
     return stream.read(max(size, 1)) + stream.readline()
 
@@ -144,8 +157,14 @@ def _lines(stream: io.BufferedReader, size: int) -> bytes:
 def _open(file: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]:
     """The file as it lies on disk, to tell the position, and its unpacked bytes."""
     with open(file, "rb") as raw:
-        if file.suffix != ".zst":
+        if file.suffix not in PACKED:
             yield raw, raw
+            return
+        if file.suffix == ".gz":
+            try:
+                yield raw, io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
+            except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+                raise ValueError(f"{file}: not readable as gzip: {error}") from None
             return
         if zstandard is None:
             raise ValueError(f"{file} needs package zstandard, which is not installed; install it or unpack the file")

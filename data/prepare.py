@@ -12,6 +12,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import tarfile
 import threading
 import zlib
@@ -71,8 +72,9 @@ def prepare(
     _check(workers, train, tokens, options)
     out = Path(out)
     files = documents.find(inputs, but=out)
-    out.mkdir(parents=True, exist_ok=True)
-    with _lock(out):
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    with _folder(out), _lock(out):
         asked = {**options._asdict(), "tokenizer": f"trained {train}" if train else tokenizer.load(tokens).hash}
         told = [[file.name, file.stat().st_size] for file in files]
         if (out / manifest.FILE).exists():
@@ -82,6 +84,7 @@ def prepare(
         limit = _block_tokens(files, options, options.block_bytes // np.dtype(dtype).itemsize, found.name == "bytes")
         shards = _make_shards(files, Task(0, [], str(out), found.hash, options, limit), workers, progress)
         if not shards:
+            _tidy(out, shards)
             raise ValueError(f"{', '.join(map(str, inputs))}: no documents, only empty lines or files")
         facts = {"name": found.name, "hash": found.hash, "vocab": found.vocab, "eot": found.eot}
         done = Manifest(name or out.resolve().name, facts, dtype, tuple(shards), asked, told)
@@ -277,6 +280,19 @@ def _check(workers: int, train: int, tokens: str, options: Options) -> None:
         raise ValueError(f"--block-bytes {options.block_bytes}: must be at least 4, what a token may take")
     if train and tokens != "bytes":
         raise ValueError(f"--tokenizer {tokens} and --train-tokenizer {train} exclude each other")
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Made if need be, and taken away if it was and the inputs are refused before there is a shard."""
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except ValueError:
+        if new and not any(out.glob("shard-*")):
+            shutil.rmtree(out)
+        raise
 
 
 @contextmanager

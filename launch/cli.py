@@ -236,7 +236,8 @@ def _train(p: argparse.ArgumentParser) -> None:
 
 
 def _prepare(p: argparse.ArgumentParser) -> None:
-    p.add_argument("inputs", metavar="INPUT", nargs="+", help="text, .jsonl, .jsonl.zst, or folders of them")
+    p.add_argument("inputs", metavar="INPUT", nargs="+",
+                   help="text, .jsonl or .ndjson files, packed as .zst or .gz or not, or folders of them")
     p.add_argument("--out", metavar="DIR", required=True, help="folder for the shards and manifest.json")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", metavar="FILE", help="tokenizers JSON, prepared folder or bytes (default: bytes)")

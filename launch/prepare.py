@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
         progress=bar,
     )
     bar.end()
+    if (asked := args.train_tokenizer or 0) > (has := done.tokenizer["vocab"]):
+        print(f"the tokenizer has {has:,} tokens of {asked:,}: the text has no more pairs to merge", file=sys.stderr)
     text = sum(shard.text_bytes for shard in done.shards)
     print(
         f"{args.out}: {done.documents:,} documents, {done.tokens:,} tokens of {done.tokenizer['name']} "

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gzip
 import json
 import os
 import signal
@@ -50,7 +51,7 @@ def test_documents_come_back_in_their_order(tmp_path):
     assert sum(shard.text_bytes for shard in found.shards) == sum(len(text.encode()) for text in told)
 
 
-def test_text_jsonl_zstd_and_folders_are_read(tmp_path):
+def test_text_jsonl_packed_files_and_folders_are_read(tmp_path):
     folder = tmp_path / "in"
     jsonl(folder / "a.jsonl", ["one", "two"])
     packed = zstandard.compress(b'{"text": "three"}\n') + zstandard.compress(b'{"text": "four"}')
@@ -58,9 +59,12 @@ def test_text_jsonl_zstd_and_folders_are_read(tmp_path):
     (folder / "c" / "d").mkdir(parents=True)
     (folder / "c" / "d" / "e.txt").write_text("five\nsix")
     (folder / "f.md.zst").write_bytes(zstandard.compress("sieben ö".encode()))
+    (folder / "g.ndjson.gz").write_bytes(gzip.compress(b'{"text": "acht"}\n') + gzip.compress(b'{"text": "neun"}\n'))
+    (folder / "h.txt.gz").write_bytes(gzip.compress(b"zehn\nelf"))
     (folder / ".hidden").write_bytes(b"\xff")
     prepare([folder], folder / "out")
-    assert documents(folder / "out") == ["one", "two", "three", "four", "five\nsix", "sieben ö"]
+    assert documents(folder / "out") == ["one", "two", "three", "four", "five\nsix", "sieben ö", "acht", "neun",
+                                          "zehn\nelf"]
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path):
@@ -161,8 +165,8 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("data", "message"), [
     (b'{"text": "a"}\n{"body": "b"}\n', r"in.jsonl:2: no key 'text' \(body\)"),
     (b'{"text": "a"}\n\n{"text": 3}\n', r"in.jsonl:3: 'text' is int, not a string"),
-    (b'{"text": "a"}\n{"text": "\xff"}\n', r"in.jsonl:2: not UTF-8"),
-    (b'{"text": "a"}\n{"text": "b"\n', r"in.jsonl:2: not JSON"),
+    (b'{"text": "a"}\n{"text": "\xff"}\n', r"in.jsonl:2: not UTF-8: invalid start byte; convert it \(with iconv, "),
+    (b'{"text": "a"}\n{"text": "b"\n', r"in.jsonl:2: not JSON: Expecting ',' delimiter at column 13$"),
     (b'[1]\n', r"in.jsonl:1: list, not an object with the key 'text'"),
     (b'{"text": "\\ud800"}\n', r"in.jsonl:1: half of a surrogate pair"),
     (b'\n{"text": ""}\n', r"no documents"),
@@ -173,7 +177,15 @@ def test_bad_jsonl_gets_a_sentence_with_file_and_line(tmp_path, data, message):
     source.write_bytes(data)
     with pytest.raises(ValueError, match=message):
         prepare([source], tmp_path / "out")
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_there_outlives_what_is_refused(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"[1]\n")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="list, not an object"):
+        prepare([tmp_path / "in.jsonl"], tmp_path / "out")
+    assert (tmp_path / "out").exists()
 
 
 def test_bad_inputs_get_a_sentence(tmp_path):
@@ -182,13 +194,20 @@ def test_bad_inputs_get_a_sentence(tmp_path):
     text.write_bytes(b"one\ntwo\n\xffthree")
     packed = tmp_path / "b.jsonl.zst"
     packed.write_bytes(zstandard.compress(b'{"text": "three"}\n' * 9999)[:-9])
+    cut, plain = tmp_path / "c.txt.gz", tmp_path / "d.jsonl.gz"
+    cut.write_bytes(gzip.compress(os.urandom(9999))[:-9])
+    plain.write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"--out .*a.txt is a file: name a folder"):
+        prepare([packed], text)
     for inputs, message in (
         ([tmp_path / "empty"], "empty: the folder holds no files"),
         ([tmp_path / "none"], "none: no such file or folder"),
         (["/dev/null"], "/dev/null: neither file nor folder"),
         ([text], "a.txt:3: not UTF-8"),
         ([packed], "b.jsonl.zst: not readable as zstd: it ends in the middle"),
-        ([], "no inputs given"),
+        ([cut], "c.txt.gz: not readable as gzip: Compressed file ended before"),
+        ([plain], "d.jsonl.gz: not readable as gzip: Not a gzipped file"),
+        ([], r"no inputs given: name text, .jsonl or .ndjson files, packed as .zst or .gz or not, or folders of them"),
     ):
         with pytest.raises(ValueError, match=message):
             prepare(inputs, tmp_path / "out")
@@ -298,7 +317,12 @@ def test_the_programs_tell_what_they_made(tmp_path, capsys):
     flags = {"inputs": [str(source)], "out": str(tmp_path / "out"), "tokenizer": None, "train_tokenizer": 300,
              "workers": 1, "name": "small", "text_key": "text", "block_bytes": None, "shard_bytes": None}  # fmt: skip
     assert program.run(argparse.Namespace(**flags)) == 0
-    assert "50 documents" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "50 documents" in out
+    assert err == ""
+    few = {"inputs": [str(jsonl(tmp_path / "few.jsonl", ["abab"]))], "out": str(tmp_path / "few")}
+    assert program.run(argparse.Namespace(**{**flags, **few})) == 0
+    assert "the tokenizer has 259 tokens of 300: the text has no more pairs to merge" in capsys.readouterr().err
     assert inspect.run(argparse.Namespace(shards=str(tmp_path / "out"), documents=2, verify=True)) == 0
     shown = capsys.readouterr().out
     assert "50, " in shown
