@@ -326,8 +326,6 @@ def run(args: argparse.Namespace) -> int:
                                  f"{args.steps_now}; raise it or drop the flag")
     world.refuse_far_copies(chosen, w)
     folder = Path(args.run or Path("runs") / Path(args.config).stem)
-    if w.main:
-        _claim(folder)
     device, minutes = w.device(config.derived(chosen, w.size).device), chosen.train.collective_minutes
     events = Events(folder, w.rank)
     with (Lock(folder) if w.main else contextlib.nullcontext(), events.faults(),
@@ -382,16 +380,3 @@ def _train(args: argparse.Namespace, trainer: Trainer) -> bool:
         say(f"step {trainer.at} of {trainer.run.train.steps}, {trainer.tokens:,} tokens, "
             f"{time.perf_counter() - began:.0f} s; {folder}{left}")
     return kept
-
-
-def _claim(folder: Path) -> None:
-    """Make the run folder; ValueError for one that holds anything but a run: its files would be written over."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder with --folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--folder {folder} cannot be made ({error.strerror}); give another") from None
-    found = {f.name for f in folder.iterdir()}
-    if found and not found & {".lock", "checkpoints", "metrics.jsonl", "slurm"}:
-        raise ValueError(f"{folder} holds {min(found)!r} and no run; give a new or empty folder with --folder")

@@ -16,13 +16,18 @@ class InUse(CheckpointError):
 
 
 class Lock:
-    """Holds RUN/.lock while a program writes to the run folder; a second program is refused."""
+    """Holds RUN/.lock while a program writes to the run folder; a second program is refused.
+
+    The folder is made if need be, and taken away again if an error leaves nothing else in it. One that holds anything
+    but a run is refused: its files would be written over.
+    """
 
     def __init__(self, run: Path) -> None:
-        self.path = Path(run) / ".lock"
+        self.run = Path(run)
+        self.path = self.run / ".lock"
 
     def __enter__(self) -> "Lock":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._claim()
         self.file = open(self.path, "a+")
         try:
             # lockf, not flock: a flock is inherited by forked data workers, which would hold the run for the seconds
@@ -44,5 +49,20 @@ class Lock:
             os.write(self.file.fileno(), f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.new and [f.name for f in self.run.iterdir()] == [self.path.name]:
+            self.path.unlink()
+            self.run.rmdir()
         self.file.close()  # which unlocks
+
+    def _claim(self) -> None:
+        self.new = not self.run.exists()
+        if not self.new and not self.run.is_dir():
+            raise ValueError(f"{self.run} is a file; give a folder with --folder")
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--folder {self.run} cannot be made ({error.strerror}); give another") from None
+        found = {f.name for f in self.run.iterdir()}
+        if found and not found & {".lock", "checkpoints", "metrics.jsonl", "slurm"}:
+            raise ValueError(f"{self.run} holds {min(found)!r} and no run; give a new or empty folder with --folder")

@@ -230,6 +230,15 @@ def test_a_folder_that_holds_something_else_is_left_alone(refused):
     assert sentence == "--folder run.toml/run cannot be made (Not a directory); give another"
 
 
+def test_a_start_that_is_refused_leaves_no_folder_that_it_made(refused):
+    sentence, _ = refused("train", "run.toml", "data.sources.small.shards=nowhere", "--folder", "new")
+    assert sentence.startswith("nowhere/manifest.json: cannot be read")
+    assert not Path("new").exists()
+    Path("mine").mkdir()
+    refused("train", "run.toml", "data.sources.small.shards=nowhere", "--folder", "mine")
+    assert Path("mine").exists()
+
+
 # --- while it trains
 
 
