@@ -7,6 +7,7 @@ matter. Row n of a run is the next row of lane n mod lanes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -39,8 +40,9 @@ class Feed:
         self._first = np.cumsum([0, *counts])  # number in the corpus of each shard's first document
         self._blocks = self._owned()
         if len(self._blocks) < lanes:
-            ways = [f"{'raise' if split == 'heldout' else 'lower'} heldout = {heldout:g}"] * bool(heldout)
-            ways += ["use fewer lanes"] * (len(self._blocks) > 0)
+            way = "raise" if split == "heldout" else "lower"
+            ways = [f"{way} heldout = {heldout:g}{self._fitting()}"] * bool(heldout)
+            ways += [f"use at most {len(self._blocks)} lanes"] * (len(self._blocks) > 0)
             raise ValueError(
                 f"source {name!r} has {len(self._blocks)} blocks with {split} documents, fewer than lanes = {lanes}: "
                 f"{', '.join([*ways, 'prepare more, or with smaller --block-bytes'])}"
@@ -76,9 +78,27 @@ class Feed:
             found.append(np.stack([np.full(len(blocks), shard), blocks], 1))
         return np.concatenate(found)
 
+    def _fitting(self) -> str:
+        """The share to be held out that gives each lane a block, rounded; nothing where none does."""
+        draws = []  # of each block's documents
+        for number, shard in enumerate(self.corpus.manifest.shards):
+            for block in shard.blocks:
+                first = self._first[number] + block[Columns.FIRST]
+                draws.append(self._draws(np.arange(first, first + block[Columns.DOCUMENTS])))
+        if len(draws) < self.lanes:
+            return ""
+        if self.split == "heldout":
+            share = math.ceil(1e3 * sorted(draw.min() for draw in draws)[self.lanes - 1] + 1e-6) / 1e3
+        else:
+            share = math.floor(1e3 * sorted(draw.max() for draw in draws)[-self.lanes]) / 1e3
+        return f" to {share:g}" if share < 1 else ""
+
+    def _draws(self, numbers: np.ndarray) -> np.ndarray:
+        """A number in [0, 1) for each document, by its number in the corpus; the same for every seed."""
+        return (_scramble(_key("heldout", self.name), numbers) >> np.uint64(11)) * 2.0**-53
+
     def _in_split(self, numbers: np.ndarray) -> np.ndarray:
-        """Which documents, by their number in the corpus; the same for every seed."""
-        out = (_scramble(_key("heldout", self.name), numbers) >> np.uint64(11)) * 2.0**-53 < self.heldout
+        out = self._draws(numbers) < self.heldout
         return out if self.split == "heldout" else ~out
 
 

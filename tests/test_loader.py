@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -341,7 +342,7 @@ def test_bad_settings_get_a_sentence(made, second, tmp_path):
     cursor = take(1, made)[0].cursor
     for options, message in (
         ({"lanes": 6, "dp_size": 4}, "lanes = 6 is not divisible by 4"),
-        ({"lanes": 4000}, r"source 's0' has \d+ blocks with train documents, fewer than lanes = 4000: use fewer"),
+        ({"lanes": 4000}, r"source 's0' has \d+ blocks with train documents, .*: use at most \d+ lanes"),
         ({"sources": [Source("a", str(made), -1)]}, "source 'a': weight -1"),
         ({"sources": [Source("a", str(made), float("nan"))]}, "source 'a': weight nan"),
         ({"sources": [Source("a", str(made), float("inf"))]}, "source 'a': weight inf"),
@@ -354,9 +355,9 @@ def test_bad_settings_get_a_sentence(made, second, tmp_path):
         ({"heldout": 1.0}, "heldout = 1.0"),
         (
             {"split": "heldout", "heldout": 0.001},
-            "blocks with heldout documents, fewer than lanes = 8: raise heldout = 0.001, ",
+            r"blocks with heldout documents, fewer than lanes = 8: raise heldout = 0.001 to 0.\d+, ",
         ),
-        ({"heldout": 0.999999}, "has 0 blocks with train documents, .*: lower heldout = 0.999999, prepare"),
+        ({"heldout": 0.999999}, r"has 0 blocks with train documents, .*: lower heldout = 0.999999 to 0.\d+, prepare"),
         ({"on_error": "ignore"}, "on_error = 'ignore'"),
         ({"rows": 0}, "rows = 0"),
         ({"dp_rank": 2, "dp_size": 2}, "dp_rank = 2"),
@@ -370,6 +371,16 @@ def test_bad_settings_get_a_sentence(made, second, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             loader(made, **options)
+
+
+@pytest.mark.parametrize(("split", "share"), [("heldout", 0.001), ("train", 0.999999)])
+def test_the_share_that_is_said_to_fit_is_the_next_that_does(made, split, share):
+    with pytest.raises(ValueError, match=" to 0") as caught:
+        loader(made, split=split, heldout=share)
+    said = float(re.search(r" to (0\.\d+), ", str(caught.value))[1])
+    loader(made, split=split, heldout=said).close()
+    with pytest.raises(ValueError, match="fewer than lanes = 8"):
+        loader(made, split=split, heldout=said + (-0.001 if split == "heldout" else 0.001))
 
 
 def test_sources_of_different_tokenizers_or_types_are_refused(made, tmp_path):
