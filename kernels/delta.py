@@ -41,8 +41,9 @@ def _add(begun1, sum1, rest1, begun2, sum2, rest2):
 
 @triton.jit
 def decays(g, start, b, h, c, T, H, C: tl.constexpr, GATED: tl.constexpr):
-    """D (C, C), symmetric, since and until (C,). -1 in since: the token is of a document that began in this chunk.
+    """D (C, C), since and until (C,). -1 in since: the token is of a document that began in this chunk.
 
+    Above the diagonal D may be infinite: what is there is to be left out, not multiplied by 0.
     Sums of gates are pairs of numbers: a difference of two would lose what small gates say after large ones.
     Tokens beyond the row go on with its last document and do not decay, so since ends with what the state keeps.
     """
@@ -57,11 +58,10 @@ def decays(g, start, b, h, c, T, H, C: tl.constexpr, GATED: tl.constexpr):
         begun = tl.cumsum(begun, 0)
     same, last = begun[:, None] == begun[None, :], begun == tl.max(begun, 0)
     if GATED:
-        D = (s[:, None] - s[None, :]) + (rest[:, None] - rest[None, :])
-        D = tl.where(same, tl.where(r[:, None] < r[None, :], -D, D), 0.0)
+        D = tl.exp2((s[:, None] - s[None, :]) + (rest[:, None] - rest[None, :]))
         end = tl.sum(tl.where(r == C - 1, s, 0.0), 0)
         end_rest = tl.sum(tl.where(r == C - 1, rest, 0.0), 0)
-        return (tl.where(same, tl.exp2(D), 0.0), tl.where(begun == 0, tl.exp2(s + rest), -1.0),
+        return (tl.where(same, D, 0.0), tl.where(begun == 0, tl.exp2(s + rest), -1.0),
                 tl.where(last, tl.exp2((end - s) + (end_rest - rest)), 0.0))
     return same.to(tl.float32), tl.where(begun == 0, 1.0, -1.0), last.to(tl.float32)
 
