@@ -32,8 +32,9 @@ def preload(*modules: str) -> None:
 
 
 @cache
-def _serve() -> None:
-    """Starts the server. It looks for modules as a new Python does: here too only if PYTHONPATH says so."""
+def serve() -> None:
+    """Starts the server, before another does that has imported nothing: a process has one. It looks for modules as a
+    new Python does: here too only if PYTHONPATH says so."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
     _context.set_forkserver_preload(PRELOADED)
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))):
@@ -42,7 +43,7 @@ def _serve() -> None:
 
 def process(target: Callable[..., Any], *args: Any) -> ForkServerProcess:
     """A process to start that has imported everything. No daemon: it may start data workers."""
-    _serve()
+    serve()
     return _context.Process(target=_begin, args=(target, args))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from corpora import corpus, texts
 
@@ -24,6 +25,12 @@ from stepladder.data.manifest import Columns
 from stepladder.data.shards import Corpus, ShardError
 
 EOT = 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def served() -> None:
+    """The server of which data workers are forked is that of the ranks of other tests."""
+    ranks.serve()
 
 
 @pytest.fixture(scope="module")
