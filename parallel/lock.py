@@ -50,9 +50,11 @@ class Lock:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self.new and [f.name for f in self.run.iterdir()] == [self.path.name]:
-            self.path.unlink()
-            self.run.rmdir()
+        if kind is not None and self.new:
+            with contextlib.suppress(OSError):  # somebody removed it, or a full disk: the error says more
+                if [f.name for f in self.run.iterdir()] == [self.path.name]:
+                    self.path.unlink()
+                    self.run.rmdir()
         self.file.close()  # which unlocks
 
     def _claim(self) -> None:
