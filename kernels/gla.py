@@ -28,34 +28,31 @@ def tokens(n, T, H: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def slow_output(q, k, v, g, doc, saved, y, scale, T, n, w, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+def slow_output(q, k, v, g, start, saved, y, scale, T, n, w, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                 C: tl.constexpr):
     """y of a chunk, token by token, in the value channels w."""
     n += tl.full([], 0, tl.int64)
     row, begin, count, h = tokens(n, T, H, C)
     x = tl.arange(0, K)
     S = tl.load(saved + n * K * V + x[:, None] * V + w[None, :]).to(tl.float32)
-    before = tl.load(doc + row + begin - 1, mask=begin > 0, other=0)
     for i in range(count):
         at = (row + begin + i) * H + h
-        now = tl.load(doc + row + begin + i)
         decay = tl.exp2(tl.load(g + at * K + x).to(tl.float32) * LOG2E)
-        S = tl.where(now == before, S * decay[:, None], 0.0)
+        S = tl.where(tl.load(start + row + begin + i) != 0, 0.0, S * decay[:, None])
         S += tl.load(k + at * K + x).to(tl.float32)[:, None] * tl.load(v + at * V + w).to(tl.float32)[None, :]
         o = tl.sum(tl.load(q + at * K + x).to(tl.float32)[:, None] * S, 0)
         tl.store(y + at * V + w, (o * scale).to(y.dtype.element_ty))
-        before = now
 
 
 @triton.jit
-def slow_kernel(q, k, v, g, doc, saved, slow, y, scale, T, total, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+def slow_kernel(q, k, v, g, start, saved, slow, y, scale, T, total, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                 C: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr):
     parts: tl.constexpr = V // BV
     if any_slow(slow, total, parts, WIDTH):
         for p in range(tl.program_id(0), total, tl.num_programs(0)):
             if tl.load(slow + p // parts) != 0:
-                slow_output(q, k, v, g, doc, saved, y, scale, T, p // parts, p % parts * BV + tl.arange(0, BV), H, K, V,
-                            C)
+                slow_output(q, k, v, g, start, saved, y, scale, T, p // parts, p % parts * BV + tl.arange(0, BV), H,
+                            K, V, C)
 
 
 FEW = 16        # channels of a slow program: one warp holds its state
@@ -72,21 +69,21 @@ def share(total: int, x: Tensor) -> tuple[int, int]:
     return programs, power(cdiv(total, programs))
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool,
+def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, scale: float, save: bool,
             chunk: int = 64, segment: int = 0, block: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y of scale * q; the state after; for backward, states before each chunk (save) and which chunks are slow.
 
-    Contiguous q, k, g (B, T, H, K), v (B, T, H, V), doc (B, T) int32, S (B, H, K, V) fp32. segment: how many parts a
-    row is cut into; block: key channels at a time; 0 for what the shape asks for.
+    Contiguous q, k, g (B, T, H, K), v (B, T, H, V), start (B, T) uint8, 1 where a document begins, S (B, H, K, V)
+    fp32. segment: how many parts a row is cut into; block: key channels at a time; 0 for what the shape asks for.
     """
     B, T, H, K = q.shape
     V, N = v.shape[-1], cdiv(T, chunk)
     each, _ = split(N, segment or segments(T, B * H * cdiv(V, WALK[0][0]), chunk, q))
-    made = factors(q, k, g, doc, scale, chunk, False, block)
+    made = factors(q, k, g, start, scale, chunk, False, block)
     y, saved, ends = walk(made, v, starts(made, v, S, each, False), each, save, False)
     few = min(V, FEW)
     total = B * N * H * V // few
     programs, width = share(total, q)
-    slow_kernel[(programs,)](q, k, v, g, doc, saved, made.slow, y, scale, T, total, H, K, V, chunk, few, width,
+    slow_kernel[(programs,)](q, k, v, g, start, saved, made.slow, y, scale, T, total, H, K, V, chunk, few, width,
                             num_warps=1)
     return y, ends[:, :, -1].contiguous(), saved, made.slow

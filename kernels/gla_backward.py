@@ -38,15 +38,14 @@ def gate(db, held, weights, r, C: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def keys_kernel(q, k, v, g, doc, dy, S, dS, decay, slow, dq, dk, dg, scale, T, TOTAL, H: tl.constexpr, K: tl.constexpr,
-                V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
-                STAGES: tl.constexpr):
+def keys_kernel(q, k, v, g, start, dy, S, dS, decay, slow, dq, dk, dg, scale, T, TOTAL, H: tl.constexpr,
+                K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+                PARTS: tl.constexpr, STAGES: tl.constexpr):
     """dq, dk, dg of one chunk, BK key channels at a time."""
     n = tl.program_id(0).to(tl.int64)                       # (row, chunk, head)
     N = tl.cdiv(T, C)
     b, c, h = n // H // N, n // H % N, n % H
-    doc += b * T + c * C
-    coming = tl.load(doc) == tl.load(doc - 1, mask=c > 0, other=0)
+    coming = tl.load(start + b * T + c * C) == 0
     if tl.load(slow + n) != 0:
         return
     r, w = tl.arange(0, C), tl.arange(0, V)
@@ -82,7 +81,7 @@ def keys_kernel(q, k, v, g, doc, dy, S, dS, decay, slow, dq, dk, dg, scale, T, T
 
 
 @triton.jit
-def slow_keys(q, k, v, g, doc, dy, S, dS, dq, dk, dg, scale, T, n, x, H: tl.constexpr, K: tl.constexpr,
+def slow_keys(q, k, v, g, start, dy, S, dS, dq, dk, dg, scale, T, n, x, H: tl.constexpr, K: tl.constexpr,
               V: tl.constexpr, C: tl.constexpr):
     """dq, dk, dg of a chunk in the key channels x, token by token.
 
@@ -95,110 +94,105 @@ def slow_keys(q, k, v, g, doc, dy, S, dS, dq, dk, dg, scale, T, n, x, H: tl.cons
     state = n * K * V + x[:, None] * V + w[None, :]
     bS, passing = tl.load(S + state).to(tl.float32), tl.load(S + state).to(tl.float32)
     db = tl.zeros([C, x.shape[0]], tl.float32)
-    before = tl.load(doc + row + begin - 1, mask=begin > 0, other=0)
     for i in range(count):
         at = (row + begin + i) * H + h
-        now = tl.load(doc + row + begin + i)
         bq, bk = tl.load(q + at * K + x).to(tl.float32), tl.load(k + at * K + x).to(tl.float32)
         bv, bd = tl.load(v + at * V + w).to(tl.float32), tl.load(dy + at * V + w).to(tl.float32)
         decay = tl.exp2(tl.load(g + at * K + x).to(tl.float32) * LOG2E)
-        passing = tl.where(now == before, bS * decay[:, None], 0.0)
+        passing = tl.where(tl.load(start + row + begin + i) != 0, 0.0, bS * decay[:, None])
         bdq = tl.sum(passing * bd[None, :], 1) * scale
         db = tl.where(r[:, None] == i, (bq * bdq)[None, :], db)
         tl.store(dq + at * K + x, (bdq + tl.sum(bv * bd, 0) * scale * bk).to(dq.dtype.element_ty))
         bS = passing + bk[:, None] * bv[None, :]
-        before = now
     bdS = tl.load(dS + state).to(tl.float32)
     bdg = tl.sum(passing * bdS, 1)
-    after = before
+    new = tl.zeros([], tl.uint8)                 # whether a document begins with the token after
     for back in range(count):
         i = count - 1 - back
         at = (row + begin + i) * H + h
-        now = tl.load(doc + row + begin + i)
         bq, bk = tl.load(q + at * K + x).to(tl.float32), tl.load(k + at * K + x).to(tl.float32)
         bv, bd = tl.load(v + at * V + w).to(tl.float32), tl.load(dy + at * V + w).to(tl.float32)
         decay = tl.exp2(tl.load(g + at * K + x).to(tl.float32) * LOG2E)
-        bdS = tl.where(now == after, bdS, 0.0)
+        bdS = tl.where(new != 0, 0.0, bdS)
         bdk = tl.sum(bdS * bv[None, :], 1)
-        bdg = tl.where(now == after, bdg, 0.0) + tl.sum(tl.where(r[:, None] == i, db, 0.0), 0)
+        bdg = tl.where(new != 0, 0.0, bdg) + tl.sum(tl.where(r[:, None] == i, db, 0.0), 0)
         bdg -= tl.where(back == 0, 0.0, bk * bdk)
         tl.store(dg + at * K + x, bdg.to(dg.dtype.element_ty))
         tl.store(dk + at * K + x, (bdk + tl.sum(bv * bd, 0) * scale * bq).to(dk.dtype.element_ty))
         bdS = (bdS + (bq * scale)[:, None] * bd[None, :]) * decay[:, None]
-        after = now
+        new = tl.load(start + row + begin + i)
 
 
 @triton.jit
-def slow_keys_kernel(q, k, v, g, doc, dy, S, dS, slow, dq, dk, dg, scale, T, total, H: tl.constexpr, K: tl.constexpr,
+def slow_keys_kernel(q, k, v, g, start, dy, S, dS, slow, dq, dk, dg, scale, T, total, H: tl.constexpr, K: tl.constexpr,
                      V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr):
     parts: tl.constexpr = K // BK
     if any_slow(slow, total, parts, WIDTH):
         for p in range(tl.program_id(0), total, tl.num_programs(0)):
             if tl.load(slow + p // parts) != 0:
-                slow_keys(q, k, v, g, doc, dy, S, dS, dq, dk, dg, scale, T, p // parts,
+                slow_keys(q, k, v, g, start, dy, S, dS, dq, dk, dg, scale, T, p // parts,
                           p % parts * BK + tl.arange(0, BK), H, K, V, C)
 
 
 @triton.jit
-def slow_values(q, k, g, doc, dy, dS, dv, scale, T, n, w, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+def slow_values(q, k, g, start, dy, dS, dv, scale, T, n, w, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                 C: tl.constexpr):
     """dv of a chunk in the value channels w, token by token."""
     n += tl.full([], 0, tl.int64)
     row, begin, count, h = tokens(n, T, H, C)
     x = tl.arange(0, K)
     bdS = tl.load(dS + n * K * V + x[:, None] * V + w[None, :]).to(tl.float32)
-    after = tl.load(doc + row + begin + count - 1)
+    new = tl.zeros([], tl.uint8)                 # whether a document begins with the token after
     for back in range(count):
         i = count - 1 - back
         at = (row + begin + i) * H + h
-        now = tl.load(doc + row + begin + i)
         bq, bk = tl.load(q + at * K + x).to(tl.float32) * scale, tl.load(k + at * K + x).to(tl.float32)
         decay = tl.exp2(tl.load(g + at * K + x).to(tl.float32) * LOG2E)
-        bdS = tl.where(now == after, bdS, 0.0) + bq[:, None] * tl.load(dy + at * V + w).to(tl.float32)[None, :]
+        bdS = tl.where(new != 0, 0.0, bdS) + bq[:, None] * tl.load(dy + at * V + w).to(tl.float32)[None, :]
         tl.store(dv + at * V + w, tl.sum(bk[:, None] * bdS, 0).to(dv.dtype.element_ty))
         bdS *= decay[:, None]
-        after = now
+        new = tl.load(start + row + begin + i)
 
 
 @triton.jit
-def slow_values_kernel(q, k, g, doc, dy, dS, slow, dv, scale, T, total, H: tl.constexpr, K: tl.constexpr,
+def slow_values_kernel(q, k, g, start, dy, dS, slow, dv, scale, T, total, H: tl.constexpr, K: tl.constexpr,
                        V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr):
     parts: tl.constexpr = V // BV
     if any_slow(slow, total, parts, WIDTH):
         for p in range(tl.program_id(0), total, tl.num_programs(0)):
             if tl.load(slow + p // parts) != 0:
-                slow_values(q, k, g, doc, dy, dS, dv, scale, T, p // parts, p % parts * BV + tl.arange(0, BV), H, K, V,
-                            C)
+                slow_values(q, k, g, start, dy, dS, dv, scale, T, p // parts, p % parts * BV + tl.arange(0, BV), H, K,
+                            V, C)
 
 
 # Key channels at a time, warps, stages, registers a thread.
 KEYS = ((32, 4, 2, None),)
 
 
-def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, slow: Tensor, dy: Tensor,
+def backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, saved: Tensor, slow: Tensor, dy: Tensor,
              dS: Tensor, scale: float, chunk: int = 64, segment: int = 0, block: int = 0) -> tuple[Tensor, ...]:
     """dq, dk, dv, dg and the gradient of the state that came in (B, H, K, V) fp32; dS is that of the state after."""
     B, T, H, K = q.shape
     V, N = v.shape[-1], cdiv(T, chunk)
     each, _ = split(N, segment or segments(T, B * H * cdiv(V, WALK[0][0]), chunk, q))
     dq, dk = (q.new_empty(B * N * chunk * H * K) for _ in range(2))         # what the walk reads is in their place
-    made = factors(q, k, g, doc, scale, chunk, True, block, (dq.view(B, N, H, chunk, K), dk.view(B, N, H, chunk, K)))
+    made = factors(q, k, g, start, scale, chunk, True, block, (dq.view(B, N, H, chunk, K), dk.view(B, N, H, chunk, K)))
     dv, dstates, out = walk(made, dy, starts(made, dy, dS, each, True), each, True, True)
     dq, dk, dg = dq[:q.numel()].view_as(q), dk[:k.numel()].view_as(k), torch.empty_like(g)
     sizes, even = (H, K, V, chunk), T % chunk == 0
     BK, warps, stages, registers = KEYS[0]
     keys_kernel[(B * N * H,)](
-        q, k, v, g, doc, dy, saved, dstates, made.decay, slow, dq, dk, dg, scale, T, B * N * H, *sizes,
+        q, k, v, g, start, dy, saved, dstates, made.decay, slow, dq, dk, dg, scale, T, B * N * H, *sizes,
         min(BK, max(K // 2, 16)), even, 3 if q.dtype == torch.float32 else 2, stages, num_warps=warps,
         num_stages=stages, maxnreg=None if q.dtype == torch.float32 else registers)
     few = min(K, FEW)
     total = B * N * H * K // few
     programs, width = share(total, q)
-    slow_keys_kernel[(programs,)](q, k, v, g, doc, dy, saved, dstates, slow, dq, dk, dg, scale, T, total, *sizes, few,
+    slow_keys_kernel[(programs,)](q, k, v, g, start, dy, saved, dstates, slow, dq, dk, dg, scale, T, total, *sizes, few,
                                   width, num_warps=1)
     few = min(V, FEW)
     total = B * N * H * V // few
     programs, width = share(total, q)
-    slow_values_kernel[(programs,)](q, k, g, doc, dy, dstates, slow, dv, scale, T, total, *sizes, few, width,
+    slow_values_kernel[(programs,)](q, k, g, start, dy, dstates, slow, dv, scale, T, total, *sizes, few, width,
                                     num_warps=1)
     return dq, dk, dv, dg, out[:, :, 0].contiguous()

@@ -85,7 +85,7 @@ def slow_factors(q, k, g, row, seen, since, until, coming, qs, ks, decay, after,
 
 
 @triton.jit
-def factors_kernel(q, k, g, doc, qs, ks, decay, edge, slow, scale, T, H: tl.constexpr, K: tl.constexpr,
+def factors_kernel(q, k, g, start, qs, ks, decay, edge, slow, scale, T, H: tl.constexpr, K: tl.constexpr,
                    C: tl.constexpr, BK: tl.constexpr, LIMIT: tl.constexpr, BACK: tl.constexpr, EVEN: tl.constexpr,
                    PARTS: tl.constexpr):
     """q' and k' of one chunk, its rows to a multiple of C; log2 of what the state is scaled by before and after the
@@ -98,11 +98,10 @@ def factors_kernel(q, k, g, doc, qs, ks, decay, edge, slow, scale, T, H: tl.cons
     r, x = tl.arange(0, C), tl.arange(0, BK)
     seen = (c * C + r < T) | EVEN
     here = ((b * T + c * C) * H + h) * K
-    q, k, g, row, doc = q + here, k + here, g + here, r * H, doc + b * T
+    q, k, g, row, start = q + here, k + here, g + here, r * H, start + b * T + c * C
     qs, ks, to = qs + n * C * K, ks + n * C * K, r[:, None] * K + x[None, :]
     decay, after = decay + n * K, decay + (n + tl.num_programs(0)) * K
-    before = tl.load(doc + c * C - 1, mask=c > 0, other=0)
-    begin, last = tl.load(doc + c * C), tl.load(doc + tl.minimum(c * C + C, T) - 1)
+    begun, new = tl.load(start + r, mask=seen, other=0).to(tl.int32), tl.load(start) != 0
     outside = tl.zeros([BK], tl.int32)
     for at in tl.static_range(0, K, BK):
         bg = rows_of(g, row, K, at + x, seen).to(tl.float32) * LOG2E
@@ -113,18 +112,19 @@ def factors_kernel(q, k, g, doc, qs, ks, decay, edge, slow, scale, T, H: tl.cons
         tl.store(qs + at + to, bq)
         tl.store(ks + at + to, bk)
         outside += 1 - ((left >= -LIMIT) & (right >= -LIMIT)).to(tl.int32)          # 1 where a gate is NaN, too
-        left = tl.where(before == begin, left, float("-inf"))
+        left = tl.where(new, float("-inf"), left)
         tl.store(decay + at + x, right if BACK else left)
         tl.store(after + at + x, left if BACK else right)
-    fast = (begin == last) & (tl.sum(outside, 0) == 0)
+    last = tl.sum(begun, 0)                                 # documents begun in this chunk: 0 is the state's before it
+    fast = (last == new.to(tl.int32)) & (tl.sum(outside, 0) == 0)
     tl.store(slow + n, 1 - fast.to(tl.int8))
     tl.store(edge + n, C if BACK else 0)
     if not fast:
         tl.debug_barrier()                                  # other threads wrote the same places
-        of = tl.load(doc + c * C + r, mask=seen, other=-1)
-        since, until = (of == before)[:, None], (of == last)[:, None]
-        tl.store(edge + n, tl.sum(((of == before) if BACK else ((of != last) & seen)).to(tl.int32), 0))
-        slow_factors(q, k, g, row, seen, since, until, before == last, qs, ks, decay, after, scale, K, C)
+        of = tl.where(seen, tl.cumsum(begun, 0), -1)
+        since, until = (of == 0)[:, None], (of == last)[:, None]
+        tl.store(edge + n, tl.sum(((of == 0) if BACK else ((of != last) & seen)).to(tl.int32), 0))
+        slow_factors(q, k, g, row, seen, since, until, last == 0, qs, ks, decay, after, scale, K, C)
 
 
 @triton.jit
@@ -210,7 +210,7 @@ class Factors(NamedTuple):
     slow: Tensor        # (B, N, H)
 
 
-def factors(q: Tensor, k: Tensor, g: Tensor, doc: Tensor, scale: float, chunk: int, back: bool, block: int,
+def factors(q: Tensor, k: Tensor, g: Tensor, start: Tensor, scale: float, chunk: int, back: bool, block: int,
             scratch: tuple[Tensor, Tensor] | None = None) -> Factors:
     """block: key channels at a time, 0 for what is best; scratch: what q and k are written to."""
     B, T, H, K = q.shape
@@ -219,7 +219,7 @@ def factors(q: Tensor, k: Tensor, g: Tensor, doc: Tensor, scale: float, chunk: i
     decay = torch.empty((2, B, N, H, K), dtype=torch.float32, device=q.device)
     edge, slow = (torch.empty((B, N, H), dtype=d, device=q.device) for d in (torch.int32, torch.int8))
     few, warps, registers = FACTORS[0]
-    factors_kernel[(B * N * H,)](q, k, g, doc, qs, ks, decay, edge, slow, scale, T, H, K, chunk,
+    factors_kernel[(B * N * H,)](q, k, g, start, qs, ks, decay, edge, slow, scale, T, H, K, chunk,
                                  block or min(K, few), LIMIT[q.dtype], back, T % chunk == 0,
                                  3 if q.dtype == torch.float32 else 2, num_warps=warps,
                                  maxnreg=None if q.dtype == torch.float32 else registers)

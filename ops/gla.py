@@ -121,47 +121,46 @@ def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, 
         raise ValueError(f"queries, keys, values and state are {q.dtype}, {k.dtype}, {v.dtype}, {S.dtype}; kernels "
                          "take the first three in one dtype, and the state in float32")
     save = torch.is_grad_enabled() and any(z.requires_grad for z in (q, k, v, g, S))
-    doc = start.cumsum(1, dtype=torch.int32)
-    q, k, v, g, S = (z.contiguous() for z in (q, k, v, g, S))
-    y, S, *_ = _forward(q, k, v, g, doc, S, scale, save, chunk, segment, block)
+    q, k, v, g, S, start = (z.contiguous() for z in (q, k, v, g, S, start.view(torch.uint8)))
+    y, S, *_ = _forward(q, k, v, g, start, S, scale, save, chunk, segment, block)
     return y, S
 
 
 @torch.library.custom_op("stepladder::gla", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool, chunk: int,
+def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, scale: float, save: bool, chunk: int,
              segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, S, saved, slow = kernels.forward(q, k, v, g, doc, S, scale, save, chunk, segment, block)
+    y, S, saved, slow = kernels.forward(q, k, v, g, start, S, scale, save, chunk, segment, block)
     return y, S, saved if save else saved.new_empty(0), slow
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, S: Tensor, scale: float, save: bool, chunk: int,
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, S: Tensor, scale: float, save: bool, chunk: int,
       segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, K = q.shape
     N = (T + chunk - 1) // chunk
     saved = q.new_empty(B, N, H, K, v.shape[-1]) if save else q.new_empty(0)
-    return torch.empty_like(v), torch.empty_like(S), saved, doc.new_empty(B, N, H, dtype=torch.int8)
+    return torch.empty_like(v), torch.empty_like(S), saved, start.new_empty(B, N, H, dtype=torch.int8)
 
 
 @torch.library.custom_op("stepladder::gla_backward", mutates_args=())
-def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, slow: Tensor, dy: Tensor,
+def _backward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, saved: Tensor, slow: Tensor, dy: Tensor,
               dS: Tensor, scale: float, chunk: int, segment: int,
               block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backward_kernels.backward(q, k, v, g, doc, saved, slow, dy.contiguous(), dS.contiguous(), scale, chunk,
+    return backward_kernels.backward(q, k, v, g, start, saved, slow, dy.contiguous(), dS.contiguous(), scale, chunk,
                                      segment, block)
 
 
 @_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc: Tensor, saved: Tensor, slow: Tensor, dy: Tensor, dS: Tensor,
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor, saved: Tensor, slow: Tensor, dy: Tensor, dS: Tensor,
       scale: float, chunk: int, segment: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = torch.empty_like
     return like(q), like(k), like(v), like(g), dS.new_empty(dS.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, g, doc, _, scale, _, *sizes = inputs
+    q, k, v, g, start, _, scale, _, *sizes = inputs
     ctx.set_materialize_grads(False)        # what is saved beside y and S has none, and is large
-    ctx.save_for_backward(q, k, v, g, doc, *output[2:])
+    ctx.save_for_backward(q, k, v, g, start, *output[2:])
     ctx.rest = scale, *sizes
 
 

@@ -134,6 +134,6 @@ def gla_sizes() -> None:
 
 def _gla(K: int, V: int, T: int, H: int) -> None:
     q, v, g = torch.empty(1, T, H, K, dtype=BF16), torch.empty(1, T, H, V, dtype=BF16), torch.empty(1, T, H, K)
-    doc, S = torch.empty(1, T, dtype=torch.int32), torch.empty(1, H, K, V)
-    y, S, *saved = gla_kernels.forward(q, q, v, g, doc, S, 1.0, True)
-    gla_backward_kernels.backward(q, q, v, g, doc, *saved, y, S, 1.0)
+    start, S = torch.empty(1, T, dtype=torch.uint8), torch.empty(1, H, K, V)
+    y, S, *saved = gla_kernels.forward(q, q, v, g, start, S, 1.0, True)
+    gla_backward_kernels.backward(q, q, v, g, start, *saved, y, S, 1.0)

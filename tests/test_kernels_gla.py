@@ -122,8 +122,7 @@ def test_nan_reaches_the_state_and_what_comes_later(poisoned: None) -> None:
 def test_the_torch_op_is_whole_and_compiles_without_a_break(poisoned: None) -> None:
     x = {n: z.requires_grad_() if z.is_floating_point() else z for n, z in inputs(17, begins=[2]).items()}
     q, k, v, g, start, S = x.values()
-    doc = start.cumsum(1, dtype=torch.int32)
-    torch.library.opcheck(gla._forward, (q, k, v, g, doc, S, SCALE, True, CHUNK, 1, 0),
+    torch.library.opcheck(gla._forward, (q, k, v, g, start.view(torch.uint8), S, SCALE, True, CHUNK, 1, 0),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     whole = torch.compile(kernel, fullgraph=True, backend="aot_eager")
     got, want = outcome(whole, x), outcome(kernel, x)
